@@ -1,0 +1,1 @@
+"""From a language model to a quantized one: targets, calibration, methods, quality."""

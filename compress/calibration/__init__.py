@@ -1,0 +1,1 @@
+"""Calibration and held-out text: documents, self-generated conversations, and the split between the two."""

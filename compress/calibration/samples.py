@@ -1,0 +1,46 @@
+"""One sample of tokens and the file that holds many: `samples.jsonl`, one JSON object a line."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+SPLITS = ("calibration", "heldout")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A run of tokens. group: "prose", "code", "chat" or "text"; split: one of `SPLITS`; source: which document."""
+
+    group: str
+    split: str
+    source: str
+    ids: tuple[int, ...]
+
+
+def write_samples(path: Path, samples: Iterable[Sample], decode) -> None:
+    """Writes the samples; decode: ids → text, stored beside the ids for people who read the file."""
+    with path.open("w", encoding="utf-8") as stream:
+        for sample in samples:
+            record = {**asdict(sample), "text": decode(list(sample.ids))}
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def read_samples(path: Path, split: str, groups: Iterable[str] | None = None) -> list[Sample]:
+    """The samples of one split; of all groups, or of those named. Raises ValueError when a group has none."""
+    found = []
+    with path.open(encoding="utf-8") as stream:
+        for line in stream:
+            record = json.loads(line)
+            if record["split"] == split:
+                found.append(Sample(record["group"], split, record["source"], tuple(record["ids"])))
+    if groups is None:
+        return found
+    wanted, present = list(groups), {sample.group for sample in found}
+    missing = [group for group in wanted if group not in present]
+    if missing:
+        raise ValueError(
+            f"quantize.calibration={wanted}: calibrate made no {', '.join(missing)} samples (there are:"
+            f" {', '.join(sorted(present)) or 'none'}); choose among these or set calibrate accordingly"
+        )
+    return [sample for sample in found if sample.group in wanted]

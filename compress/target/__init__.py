@@ -1,0 +1,1 @@
+"""Where a target comes from, and how it becomes a plain model directory."""

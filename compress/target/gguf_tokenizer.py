@@ -1,0 +1,84 @@
+"""A GGUF file's byte-level BPE tokenizer as a `tokenizers` object.
+
+transformers converts GGUF tokenizers too, but drops the pre-tokenizer's rule (`tokenizer.ggml.pre`), so that digits
+and punctuation are cut differently from the way the model learnt them, and maps the special tokens wrongly. The rules
+below are those that the models' own tokenizer.json files state; llama.cpp's `llm_tokenizer_bpe` lists the same ones.
+"""
+
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+CONTROL, USER_DEFINED = 3, 4
+"""Token types of the GGUF specification that take part in special-token splitting."""
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_LLAMA3 = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _digits_then_bytes() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+
+
+PRE_TOKENIZERS = {
+    "smollm": _digits_then_bytes,
+    "starcoder": _digits_then_bytes,
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "llama-bpe": lambda: _split(_LLAMA3),
+    "llama3": lambda: _split(_LLAMA3),
+    "qwen2": lambda: _split(_QWEN2),
+}
+
+
+def byte_level_bpe(metadata: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that the metadata of a GGUF file describes.
+
+    metadata: the file's `tokenizer.ggml.*` fields without that prefix; `model` must be "gpt2" (byte-level BPE).
+    Raises ValueError when the pre-tokenizer is not one of `PRE_TOKENIZERS`.
+    """
+    pre = metadata.get("pre", "gpt-2")
+    if pre not in PRE_TOKENIZERS:
+        known = ", ".join(sorted(PRE_TOKENIZERS))
+        raise ValueError(
+            f"tokenizer.ggml.pre={pre!r} is not known (known: {known}); use the model's Hugging Face directory instead"
+        )
+    tokens, types = metadata["tokens"], metadata["token_type"]
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["merges"]]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, byte_fallback=False))
+    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
+    tokenizer.decoder = decoders.ByteLevel()
+    for special, kind in ((True, CONTROL), (False, USER_DEFINED)):
+        added = [AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, types, strict=True) if k == kind]
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
+    return tokenizer
+
+
+def tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json's content: special tokens by name and whether a text starts with the bos token."""
+    tokens = metadata["tokens"]
+    names = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id"}
+    special = {name: tokens[metadata[key]] for name, key in names.items() if metadata.get(key) is not None}
+    padding = metadata.get("padding_token_id")
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": bool(metadata.get("add_bos_token", False)),
+        "clean_up_tokenization_spaces": False,
+        **special,
+        "pad_token": tokens[padding] if padding is not None else special.get("eos_token"),
+    }

@@ -1,0 +1,33 @@
+"""What a source says about itself before anything is converted: its shape, or the reason why it cannot be a target."""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+from compress.target.gguf_convert import model_config
+from compress.target.gguf_source import GgufFile
+from compress.target.sources import Source, check_directory
+from deploy.formats.architectures import ModelShape
+
+
+@lru_cache(maxsize=1)
+def open_gguf(path: Path) -> GgufFile:
+    """The file, opened once per process: reading the metadata of a large vocabulary takes seconds."""
+    return GgufFile(path)
+
+
+def check_source(source: Source) -> None:
+    """Raises ValueError when the source is damaged, truncated or of an unsupported architecture."""
+    if source.kind == "gguf":
+        read_shape(source)
+    else:
+        check_directory(source.path)
+
+
+def read_shape(source: Source) -> ModelShape:
+    """The model's shape from the source's metadata. Raises ValueError on an unsupported architecture."""
+    if source.kind == "gguf":
+        file = open_gguf(source.path)
+        config = model_config(file)
+        return ModelShape.from_config({**config, "vocab_size": len(file.tokenizer_metadata()["tokens"])})
+    return ModelShape.from_config(json.loads((source.path / "config.json").read_text()))

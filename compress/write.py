@@ -1,0 +1,81 @@
+"""A quantized model as a directory: the target's configuration, packed layers, everything else in 16 bits."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from deploy.formats.model_dir import ModelDirectory
+from deploy.formats.packed import GroupedInt, ScaleDtype, encode
+from deploy.formats.quantization_config import QuantizationGroup, quantization_config
+from deploy.formats.safetensors_file import BFloat16, from_bfloat16, to_bfloat16, write_safetensors
+
+
+def write_quantized(target: Path, layers: Mapping[str, GroupedInt], out: Path) -> None:
+    """Writes `out` in compressed-tensors pack-quantized form.
+
+    target: the unquantized model directory; layers: module name → weight, for the layers that were quantized. Other
+    matrices are rounded to bfloat16; vectors (norms, biases) too, unless that would change them.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with ModelDirectory.open(target) as files:
+        tensors = {}
+        for name in files.names():
+            module = name.removesuffix(".weight")
+            if module in layers:
+                tensors.update(encode(module, layers[module], _scale_dtype(layers[module]), symmetric=_is_symmetric(layers[module])))
+            else:
+                tensors[name] = _sixteen_bits(files.float32(name))
+                files.release(name)
+        write_safetensors(out / "model.safetensors", tensors, {"format": "pt"})
+    config = json.loads((target / "config.json").read_text())
+    config["dtype"] = "bfloat16"
+    if layers:
+        config["quantization_config"] = quantization_config(_groups(layers))
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if (target / "generation_config.json").is_file():
+        shutil.copyfile(target / "generation_config.json", out / "generation_config.json")
+
+
+def stored_bits_per_weight(layers: Mapping[str, GroupedInt]) -> float:
+    """Bits a quantized weight takes in the file, its group's scale and zero point or minimum included."""
+    bits, count = 0.0, 0
+    for weight in layers.values():
+        scale_bits = 32 if _scale_dtype(weight) == "F32" else 16
+        zero_bits = scale_bits if weight.zero_point is None else 0 if _is_symmetric(weight) else weight.bits
+        bits += weight.q.size * weight.bits + weight.scale.size * (scale_bits + zero_bits)
+        count += weight.q.size
+    return bits / count if count else 16.0
+
+
+def _groups(layers: Mapping[str, GroupedInt]) -> list[QuantizationGroup]:
+    """One group for all layers alike; where layers differ, each kind lists its layers by name."""
+    by_kind: dict[tuple[int, int, bool, bool], list[str]] = {}
+    for name, weight in layers.items():
+        kind = (weight.bits, weight.group_size, _is_symmetric(weight), weight.zero_point is None)
+        by_kind.setdefault(kind, []).append(name)
+    if len(by_kind) == 1:
+        return [QuantizationGroup(("Linear",), *next(iter(by_kind)))]
+    return [QuantizationGroup(tuple(names), *kind) for kind, names in by_kind.items()]
+
+
+def _is_symmetric(weight: GroupedInt) -> bool:
+    return weight.zero_point is not None and bool(np.all(weight.zero_point == 1 << (weight.bits - 1)))
+
+
+def _scale_dtype(weight: GroupedInt) -> ScaleDtype:
+    """The smallest type that holds the scales (and float minima) exactly."""
+    values = [weight.scale] if weight.zero_point is not None else [weight.scale, weight.minimum]
+    if all(np.array_equal(from_bfloat16(to_bfloat16(v)), v) for v in values):
+        return "BF16"
+    with np.errstate(over="ignore"):
+        return "F16" if all(np.array_equal(v.astype(np.float16).astype(np.float32), v) for v in values) else "F32"
+
+
+def _sixteen_bits(values: np.ndarray) -> np.ndarray | BFloat16:
+    bits = to_bfloat16(values)
+    if values.ndim == 1 and not np.array_equal(from_bfloat16(bits), values):
+        return values
+    return BFloat16(bits)

@@ -1,0 +1,93 @@
+"""Chat templates: the Jinja source that turns messages into a prompt, rendered as transformers renders it.
+
+Environment as in transformers 5.17, `utils/chat_template_utils.py`: sandboxed and immutable, trim_blocks,
+lstrip_blocks, loop controls, `raise_exception`, `strftime_now`, `tojson` without HTML escaping, and the `generation`
+block, which only marks text there and passes it through here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+
+class ChatTemplateError(ValueError):
+    """The template does not compile, or refuses these messages."""
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %} … {% endgeneration %}`: its contents, unchanged."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja2's own declaration is a mutable class attribute)
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_contents"), [], [], body).set_lineno(line)
+
+    def _contents(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def _tojson(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class ChatTemplate:
+    """A compiled template. Raises ChatTemplateError (a ValueError) when the source does not compile."""
+
+    def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "") -> None:
+        self.source = source
+        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ChatTemplateError(f"the chat template does not compile: {error}") from error
+
+    @property
+    def identity(self) -> str:
+        """sha256 of the source, hexadecimal: two texts were made alike only if this agrees."""
+        return hashlib.sha256(self.source.encode("utf-8")).hexdigest()
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+        """The prompt's text; special tokens are in it, so it is to be tokenized without adding any.
+
+        messages: `{"role": …, "content": …}` in order. Raises ChatTemplateError when the template refuses them.
+        """
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                **self._tokens,
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error

@@ -1,0 +1,1 @@
+"""Implementations of the numbers that `docs/numerics.md` defines."""

@@ -1,0 +1,1 @@
+"""The definition in numpy: slow, exact, and what every native kernel must equal."""

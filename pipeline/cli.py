@@ -1,0 +1,134 @@
+"""The command line: compose the configuration, run the graph, tell the user.
+
+Exit status: 0 done; 1 a bug (with traceback) or Hydra's own complaint about the command line; 2 something the
+user can mend, in one line; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import pipeline
+from pipeline.errors import is_user_error, one_line
+from pipeline.graph import Selection, Stage
+from pipeline.run import Outcome, closing_lines, run_pipeline
+from pipeline.schema import Config, register
+from pipeline.store import Store
+from pipeline.tracking import make_tracker
+
+logger = logging.getLogger(__name__)
+
+EXIT_BUG = 1
+EXIT_USER = 2
+EXIT_INTERRUPTED = 130
+FULL_ERROR = "HYDRA_FULL_ERROR"
+DEBUG = "UNDERSTUDY_DEBUG"  # keep every traceback, the user's errors included
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+GraphBuilder = Callable[[Config], list[Stage]]
+
+
+def main() -> None:
+    """Run `python -m pipeline`; ends the process through SystemExit when something went wrong."""
+    if "--debug" in sys.argv:
+        sys.argv.remove("--debug")
+        os.environ[DEBUG] = "1"
+    if os.environ.get(FULL_ERROR, "0") not in ("0", ""):
+        os.environ[DEBUG] = "1"
+    os.environ[FULL_ERROR] = "1"  # Hydra then hands every error to us instead of printing and exiting
+    register()
+    entry = hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")(_task)
+    try:
+        entry()
+    except KeyboardInterrupt:
+        _fail("interrupted; finished stages are kept, the same command continues", EXIT_INTERRUPTED)
+    except (CompactHydraException, OmegaConfBaseException) as error:
+        if _is_debug():
+            raise
+        cause = f"\n{error.__cause__}" if error.__cause__ is not None else ""
+        _fail(f"{error}{cause}", EXIT_BUG)
+    except Exception as error:
+        if _is_debug() or not is_user_error(error):
+            traceback.print_exc()
+            sys.exit(EXIT_BUG)
+        _fail(one_line(error), EXIT_USER)
+
+
+def config_directory() -> Path:
+    """Where `conf/` lies: inside the package when installed from a wheel, beside it in a checkout."""
+    package = Path(pipeline.__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def run_config(config: Config, run_dir: Path, build_graph: GraphBuilder) -> list[Outcome]:
+    """Run the graph that `build_graph` makes of `config`, recorded in `run_dir`.
+
+    Raises what `run_pipeline` raises; the run is then recorded as failed.
+    """
+    tracker = make_tracker(config.tracking, run_dir)
+    tracker.start_run(
+        cast(dict[str, Any], OmegaConf.to_container(cast(DictConfig, config), resolve=True, enum_to_str=True))
+    )
+    status = "failed"
+    try:
+        selection = Selection(_names(config.stage), config.from_stage, _names(config.force))
+        outcomes = run_pipeline(build_graph(config), Store(Path(config.store)), tracker, logger.info, selection)
+        for line in closing_lines(outcomes):
+            logger.info(line)
+        status = "finished"
+        return outcomes
+    except Exception:
+        _log_to_file_only()
+        raise
+    finally:
+        tracker.finish(status)
+
+
+def _task(config: DictConfig) -> None:
+    if config.threads is not None:
+        os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(config.threads)))
+    from pipeline.stages.graph import build_graph
+
+    try:
+        run_config(cast(Config, config), Path(HydraConfig.get().runtime.output_dir), build_graph)
+    except Exception as error:
+        if _is_debug() or not is_user_error(error):
+            raise
+        _fail(one_line(error), EXIT_USER)  # SystemExit: Hydra adds no lines of its own
+
+
+def _is_debug() -> bool:
+    return os.environ.get(DEBUG) == "1"
+
+
+def _names(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    """One name, several or none, as the command line allows, to a tuple."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(str(name) for name in value)
+
+
+def _log_to_file_only() -> None:
+    """The traceback of the current error to run.log: the terminal shows one line of it, or all of it later."""
+    record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, "the run failed", (), sys.exc_info())
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
+
+
+def _fail(message: str, status: int) -> None:
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(status)

@@ -1,0 +1,79 @@
+"""The model card (README.md) and the HTML report, from one set of facts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from pipeline.report.plots import bars_by_group
+from pipeline.report.quality_table import QualityRow, as_markdown, caption, cells
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What both documents tell. rows: the source first, then the bundle's own method, then what it is compared with.
+
+    source, stats: `source.json` and `stats.json` of the stages; method: the quantize config; samples: counts by
+    group and split; examples: one sample of each group; provenance: pretty-printed JSON.
+    """
+
+    name: str
+    rows: Sequence[QualityRow]
+    source: dict[str, Any]
+    stats: dict[str, Any]
+    method: dict[str, Any]
+    samples: dict[str, dict[str, int]]
+    examples: Sequence[dict[str, str]]
+    provenance: str
+
+
+def model_card(facts: Facts) -> str:
+    """README.md of the bundle, Markdown with a hub's front matter."""
+    template = _environment(is_html=False).get_template("card.md.jinja")
+    return template.render(**_common(facts), table=as_markdown(facts.rows), bits=facts.stats["bits_per_weight"])
+
+
+def html_report(facts: Facts) -> str:
+    """report.html: one file without any outside reference."""
+    template = _environment(is_html=True).get_template("report.html.jinja")
+    return template.render(
+        **_common(facts),
+        table=cells(facts.rows),
+        kl_plot=Markup(bars_by_group(facts.rows[1:], "kl")),
+        perplexity_plot=Markup(bars_by_group(facts.rows, "perplexity")),
+        samples=facts.samples,
+        examples=facts.examples,
+        provenance=facts.provenance,
+    )
+
+
+def _common(facts: Facts) -> dict[str, Any]:
+    return {
+        "name": facts.name,
+        "origin": facts.source["origin"],
+        "licence": facts.source["licence"],
+        "lossy": facts.source["precision"]["lossy"],
+        "source_bits": facts.source["precision"]["bits_per_weight"],
+        "method": facts.method,
+        "fallbacks": {policy: len(layers) for policy, layers in facts.stats["fallbacks"].items()},
+        "float_minima": facts.stats["float_minima"],
+        "twin": bool(facts.method.get("twin")),
+        "caption": caption(facts.rows),
+    }
+
+
+def _environment(*, is_html: bool) -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=is_html,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=False,
+    )

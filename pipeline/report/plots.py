@@ -1,0 +1,36 @@
+"""SVG plots for the report, drawn by matplotlib without a display; deterministic bytes for the same figures."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from pipeline.report.quality_table import QualityRow
+
+TITLES = {"kl": "KL divergence from the unquantized target (nats, lower is better)", "perplexity": "Perplexity"}
+
+
+def bars_by_group(rows: Sequence[QualityRow], metric: str) -> str:
+    """An SVG element: for each kind of text one bar per row."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    groups = list(rows[0].measured)
+    with plt.rc_context({"svg.hashsalt": "understudy", "font.size": 9, "svg.fonttype": "none"}):
+        figure, axes = plt.subplots(figsize=(7.5, 2.8))
+        width = 0.8 / len(rows)
+        for index, row in enumerate(rows):
+            places = [place + (index - (len(rows) - 1) / 2) * width for place in range(len(groups))]
+            axes.bar(places, [row.measured[group][metric] for group in groups], width, label=row.label)
+        axes.set_xticks(range(len(groups)), groups)
+        axes.set_title(TITLES[metric], fontsize=9, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+        figure.tight_layout()
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        plt.close(figure)
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]

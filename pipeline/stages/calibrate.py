@@ -1,0 +1,158 @@
+"""calibrate: `samples.jsonl`, the calibration and held-out samples of every group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.graph import BuildContext
+from pipeline.manifest import sha256_file
+
+SAMPLES = "samples.jsonl"
+
+
+def check(path: str | None, config: dict[str, Any]) -> None:
+    """Raises ValueError on budgets that make no sense and on a text file (`path`) that cannot be read."""
+    text, chat, free = config["text"], config["chat"], config["free"]
+    for group, values in (("chat", chat), ("free", free), ("text", text)):
+        for key, value in values.items():
+            if key.startswith("num_") and (not isinstance(value, int) or value < 0):
+                raise ValueError(f"calibrate.{group}.{key}={value} must be a whole number, 0 or more")
+            if key.endswith("_share") and not 0 <= value < 1:
+                raise ValueError(f"calibrate.{group}.{key}={value} must be at least 0 and below 1")
+            if key == "top_p" and not 0 < value <= 1:
+                raise ValueError(f"calibrate.{group}.{key}={value} must be above 0 and at most 1")
+            if key == "temperature" and value <= 0:
+                raise ValueError(f"calibrate.{group}.{key}={value} must be above 0")
+    if config["sequence_length"] < 64:
+        raise ValueError(f"calibrate.sequence_length={config['sequence_length']} is too short; use at least 64")
+    if chat["num_heldout"] + text["num_heldout"] == 0:
+        raise ValueError("calibrate.chat.num_heldout and calibrate.text.num_heldout are both 0; quality needs one")
+    if text["source"] == "file":
+        from compress.calibration.texts import file_documents
+
+        if not path:
+            raise ValueError("calibrate.text.source=file needs calibrate.text.path")
+        file_documents(Path(path))
+    if text["source"] == "dataset" and not text["dataset"]:
+        raise ValueError("calibrate.text.source=dataset needs calibrate.text.dataset")
+
+
+def fingerprint(config: dict[str, Any]) -> dict[str, str]:
+    """The digest of the text file, where one is named (Python's own texts are keyed by the interpreter's version)."""
+    path = config["text"]["path"]
+    if config["text"]["source"] != "file" or not path or not Path(path).is_file():
+        return {}  # `check` says what is wrong
+    return {"calibrate.text.path": sha256_file(Path(path))}
+
+
+def build(path: str | None, context: BuildContext) -> None:
+    """Writes `samples.jsonl`. path: the text file, where the source of texts is one."""
+    from transformers import AutoTokenizer
+
+    from compress.calibration.samples import write_samples
+
+    model_dir = context.inputs["target"] / "model"
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    samples = [*_texts(context, path, tokenizer), *_self_written(context, model_dir, tokenizer)]
+    write_samples(context.out / SAMPLES, samples, tokenizer.decode)
+    counts: dict[str, dict[str, int]] = {}
+    for sample in samples:
+        entry = counts.setdefault(f"{sample.group} {sample.split}", {"samples": 0, "tokens": 0})
+        entry["samples"] += 1
+        entry["tokens"] += len(sample.ids)
+    context.summary["samples"] = counts
+    context.tracker.summary(context.stage, {f"{key} tokens": value["tokens"] for key, value in counts.items()})
+
+
+def _texts(context: BuildContext, path: str | None, tokenizer: Any) -> list[Any]:
+    import numpy as np
+
+    from compress.calibration import texts
+
+    config = context.config["text"]
+    if config["source"] == "python":
+        groups = texts.python_documents()
+    elif config["source"] == "file":
+        groups = {"text": texts.file_documents(Path(path or ""))}
+    else:
+        groups = {"text": texts.dataset_documents(config["dataset"], config["dataset_split"], config["column"])}
+    rng = np.random.default_rng(context.seed)
+    samples = []
+    for group, documents in groups.items():
+        parts = texts.split_documents(documents, heldout_share=config["heldout_share"], seed=context.seed)
+        for split, part in zip(("calibration", "heldout"), parts, strict=True):
+            samples += texts.windows(
+                part,
+                lambda text: tokenizer(text, add_special_tokens=False).input_ids,
+                group=group,
+                split=split,
+                num_samples=config["num_samples" if split == "calibration" else "num_heldout"],
+                sequence_length=context.config["sequence_length"],
+                rng=rng,
+            )
+    return samples
+
+
+def _self_written(context: BuildContext, model_dir: Path, tokenizer: Any) -> list[Any]:
+    chat, free = context.config["chat"], context.config["free"]
+    if chat["num_samples"] + chat["num_heldout"] + free["num_samples"] == 0:
+        return []
+    from transformers import AutoModelForCausalLM
+
+    from compress.calibration.generate import sampling_dtype
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=sampling_dtype()).eval()
+    return [*_conversations(context, model, tokenizer), *_free_texts(context, model, tokenizer)]
+
+
+def _conversations(context: BuildContext, model: Any, tokenizer: Any) -> list[Any]:
+    """Conversations; the first ones written are calibration, the rest held out."""
+    from compress.calibration.conversations import ChatFrame, ConversationBudget, write_conversations
+    from compress.calibration.samples import Sample
+
+    config = dict(context.config["chat"])
+    num_samples, num_heldout = config.pop("num_samples"), config.pop("num_heldout")
+    if num_samples + num_heldout == 0:
+        return []
+    end_ids = _end_ids(model, tokenizer)
+    frame = ChatFrame.from_template(
+        lambda messages: tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False),
+        [tokenizer.decode([end]) for end in end_ids],
+    )
+    steps = config["prompt_tokens"] + config["response_tokens"]
+    with context.progress(steps, "conversations of the target with itself", "steps") as bar:
+        conversations = write_conversations(
+            model,
+            lambda text: tokenizer(text, add_special_tokens=False).input_ids,
+            frame,
+            end_ids,
+            ConversationBudget(num_samples=num_samples + num_heldout, **config),
+            seed=context.seed,
+            on_step=bar.update,
+        )
+    splits = ["calibration"] * num_samples + ["heldout"] * num_heldout
+    return [
+        Sample("chat", split, f"self-written/{index}", tuple(ids))
+        for index, (split, ids) in enumerate(zip(splits, conversations, strict=True))
+    ]
+
+
+def _free_texts(context: BuildContext, model: Any, tokenizer: Any) -> list[Any]:
+    from compress.calibration.generate import write_free_texts
+    from compress.calibration.samples import Sample
+
+    config = context.config["free"]
+    if config["num_samples"] == 0:
+        return []
+    with context.progress(config["num_tokens"], "texts that the target writes freely", "steps") as bar:
+        written = write_free_texts(
+            model, tokenizer.get_vocab(), _end_ids(model, tokenizer), seed=context.seed, on_step=bar.update, **config
+        )
+    return [Sample("free", "calibration", f"self-written/{index}", tuple(ids)) for index, ids in enumerate(written)]
+
+
+def _end_ids(model: Any, tokenizer: Any) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    listed = [ends] if isinstance(ends, int) else list(ends or [])
+    return {end for end in (*listed, tokenizer.eos_token_id) if end is not None}

@@ -1,0 +1,160 @@
+"""export: `bundle/`, complete by itself; linked as `bundles/<name>` at the end of every run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.graph import BuildContext
+from pipeline.manifest import Manifest
+from pipeline.report.quality_table import QualityRow, as_text, caption
+from pipeline.stages.calibrate import SAMPLES
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+EXAMPLE_CHARACTERS = 1200
+
+
+def build(context: BuildContext) -> None:
+    """Writes `bundle/` in the form of docs/bundle-format.md."""
+    from deploy.formats.bundle import write_manifest
+
+    bundle = context.out / "bundle"
+    quantized = context.inputs["quantize"]
+    for name in TOKENIZER_FILES:
+        _copy(context.inputs["target"] / "model" / name, bundle / name)
+    components = {"target": "target"}
+    _copy_directory(quantized / "model", bundle / "target")
+    if (quantized / "twin").is_dir():
+        components["target-w4a16"] = "target-w4a16"
+        _copy_directory(quantized / "twin", bundle / "target-w4a16")
+    rows = quality_rows(context)
+    stats = _read_json(quantized / "stats.json")
+    source = _read_json(context.inputs["target"] / "source.json")
+    provenance = _provenance(context, source)
+    _write_documents(context, bundle, rows, stats, source, provenance)
+    write_manifest(
+        bundle,
+        name=context.config["name"],
+        components=components,
+        provenance=provenance,
+        licence=source["licence"],
+        quality=[row.as_dict() for row in rows],
+        extensions=["weight_min"] if stats["float_minima"] else [],
+    )
+    context.summary["quality"] = [row.as_dict() for row in rows]
+    context.summary["table"] = [*as_text(rows), caption(rows)]
+    figures = {f"{row.label}/{key}": value for row in rows for key, value in row.as_dict().items()}
+    context.tracker.summary(context.stage, {key: value for key, value in figures.items() if isinstance(value, float)})
+
+
+def publish(bundles: Path, name: str, artifact: Path, manifest: Manifest) -> list[str]:
+    """Links `bundles/<name>` to the artifact's bundle, atomically; returns what to print last."""
+    bundles.mkdir(parents=True, exist_ok=True)
+    link, temporary = bundles / name, bundles / f".{name}.{os.getpid()}"
+    if link.exists() and not link.is_symlink():
+        raise ValueError(f"bundles={bundles}: {link} exists and is not a link of ours; move it or choose another name")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath((artifact / "bundle").resolve(), bundles.resolve()))
+    temporary.replace(link)
+    return [
+        "",
+        *manifest.summary["table"],
+        "",
+        f"bundle: {link}",
+        f'next:   python -m deploy generate {link} -p "Why is the sky blue?"',
+        f"        python -m deploy inspect {link}",
+    ]
+
+
+def quality_rows(context: BuildContext) -> list[QualityRow]:
+    """The source, the bundle's own method, then the others in the order of the configuration."""
+    precision = _read_json(context.inputs["target"] / "source.json")["precision"]
+    rows = []
+    for role in [role for role in context.inputs if role.split("[")[0] == "quality"]:
+        measured = _read_json(context.inputs[role] / "quality.json")
+        model_role = role.replace("quality", "quantize", 1)
+        stats = _read_json(context.inputs[model_role] / "stats.json")
+        if not rows:
+            rows.append(QualityRow("source", precision["bits_per_weight"], 0, measured["source"]))
+        label = f"{stats['method']} (this bundle)" if role == "quality" else role[len("quality[") : -1]
+        num_fallbacks = sum(len(layers) for layers in stats["fallbacks"].values())
+        rows.append(QualityRow(label, stats["bits_per_weight"], num_fallbacks, measured["model"]))
+    return rows
+
+
+def _write_documents(
+    context: BuildContext,
+    bundle: Path,
+    rows: list[QualityRow],
+    stats: dict[str, Any],
+    source: dict[str, Any],
+    provenance: dict[str, Any],
+) -> None:
+    from pipeline.report.documents import Facts, html_report, model_card
+
+    facts = Facts(
+        name=context.config["name"],
+        rows=rows,
+        source=source,
+        stats=stats,
+        method=context.config["methods"]["quantize"],
+        samples=_sample_counts(context.inputs["calibrate"] / SAMPLES),
+        examples=_examples(context.inputs["calibrate"] / SAMPLES),
+        provenance=json.dumps(provenance, indent=2),
+    )
+    (bundle / "README.md").write_text(model_card(facts))
+    (bundle / "report.html").write_text(html_report(facts))
+
+
+def _provenance(context: BuildContext, source: dict[str, Any]) -> dict[str, Any]:
+    """Which source, by which stages: configs, seeds, code and package versions, and the contents' digests."""
+    stages = {}
+    for role, manifest in context.manifests.items():
+        stages[role] = {
+            "config": manifest.config,
+            "seed": manifest.seed,
+            "version": manifest.version,
+            "packages": manifest.packages,
+            "content": manifest.content,
+        }
+    return {"source": source, "source_files": context.manifests["target"].fingerprints, "stages": stages}
+
+
+def _sample_counts(path: Path) -> dict[str, dict[str, int]]:
+    counts: dict[str, dict[str, int]] = {}
+    for record in _records(path):
+        entry = counts.setdefault(f"{record['group']}, {record['split']}", {"samples": 0, "tokens": 0})
+        entry["samples"] += 1
+        entry["tokens"] += len(record["ids"])
+    return counts
+
+
+def _examples(path: Path) -> list[dict[str, str]]:
+    """The first sample of each group."""
+    found: dict[str, dict[str, str]] = {}
+    for record in _records(path):
+        text = record["text"][:EXAMPLE_CHARACTERS]
+        found.setdefault(record["group"], {key: record[key] for key in ("group", "split", "source")} | {"text": text})
+    return list(found.values())
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
+
+
+def _copy_directory(source: Path, out: Path) -> None:
+    for file in sorted(source.iterdir()):
+        _copy(file, out / file.name)
+
+
+def _copy(source: Path, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, out)
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text())

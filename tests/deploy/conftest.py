@@ -1,0 +1,141 @@
+"""Tiny models and bundles, made afresh for each test that asks."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from deploy.formats.architectures import ModelShape, linear_layers, other_tensors
+from deploy.formats.bundle import write_manifest
+from deploy.formats.packed import GroupedInt, encode
+from deploy.formats.quantization_config import QuantizationGroup, quantization_config
+from deploy.formats.safetensors_file import BFloat16, from_bfloat16, to_bfloat16, write_safetensors
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """How the linear layers of a tiny model are packed."""
+
+    bits: int = 4
+    group_size: int = 32
+    form: str = "asymmetric"  # or "symmetric", "minimum"
+
+
+def tiny_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
+    config = {
+        "model_type": model_type,
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 263,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "eos_token_id": 2,
+    }
+    return config | changes
+
+
+def random_grouped(rng: np.random.Generator, num_out: int, num_in: int, quantized: Quantized) -> GroupedInt:
+    bits, groups = quantized.bits, num_in // quantized.group_size
+    q = rng.integers(0, 1 << bits, (num_out, num_in), dtype=np.uint8)
+    scale = from_bfloat16(to_bfloat16((rng.uniform(0.5, 1.5, (num_out, groups)) / (1 << bits)).astype(np.float32)))
+    if quantized.form == "minimum":
+        minimum = rng.uniform(-0.7, -0.3, (num_out, groups)).astype(np.float16).astype(np.float32)
+        half = scale.astype(np.float16).astype(np.float32)
+        return GroupedInt(q, half, minimum, bits, quantized.group_size)
+    zeros: Any = 1 << (bits - 1)
+    if quantized.form == "asymmetric":
+        zeros = rng.integers(0, 1 << bits, (num_out, groups), dtype=np.uint8)
+    return GroupedInt.from_zero_point(q, scale, zeros, bits=bits, group_size=quantized.group_size)
+
+
+def write_model(
+    directory: Path, config: dict[str, Any], quantized: Quantized | None = None, seed: int = 0, spread: float = 1.0
+) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    rng, shape = np.random.default_rng(seed), ModelShape.from_config(config)
+    tensors: dict[str, Any] = {}
+    for name, size in other_tensors(shape).items():
+        mean = 1.0 if name.endswith("norm.weight") else 0.0
+        values = (mean + 0.3 * spread * rng.standard_normal(size)).astype(np.float32)
+        tensors[name] = BFloat16(to_bfloat16(values))
+    for layer in linear_layers(shape):
+        if quantized is None:
+            weight = (rng.standard_normal((layer.num_out, layer.num_in)) * 0.1).astype(np.float32)
+            tensors[f"{layer.name}.weight"] = BFloat16(to_bfloat16(weight))
+            continue
+        grouped = random_grouped(rng, layer.num_out, layer.num_in, quantized)
+        dtype = "F16" if quantized.form == "minimum" else "BF16"
+        tensors |= encode(layer.name, grouped, dtype, symmetric=quantized.form == "symmetric")
+    if quantized is not None:
+        form = {"symmetric": quantized.form == "symmetric", "float_minimum": quantized.form == "minimum"}
+        group = QuantizationGroup(("Linear",), quantized.bits, quantized.group_size, **form)
+        config = config | {"quantization_config": quantization_config([group])}
+    write_safetensors(directory / "model.safetensors", tensors)
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A byte-level tokenizer without merges: one token a byte, so that characters span tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index + len(SPECIAL) for index, token in enumerate(alphabet)}
+    vocabulary |= {token: index for index, token in enumerate(SPECIAL)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    return tokenizer
+
+
+def write_bundle(directory: Path, quantized: Quantized | None = None, **manifest: Any) -> Path:
+    quantized = quantized or Quantized()
+    write_model(directory / "target", tiny_config(), quantized)
+    byte_tokenizer().save(str(directory / "tokenizer.json"))
+    tokens = {"bos_token": SPECIAL[1], "eos_token": SPECIAL[2]}
+    (directory / "tokenizer_config.json").write_text(json.dumps(tokens))
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    (directory / "report.html").write_text("<!doctype html><title>report</title>")
+    (directory / "README.md").write_text("# A tiny model\n")
+    arguments: dict[str, Any] = {
+        "name": "tiny",
+        "components": {"target": "target"},
+        "provenance": {"source": {"kind": "random", "seed": 0}},
+        "licence": "apache-2.0",
+        "quality": [{"method": "rtn", "prose": 12.5}],
+        "extensions": ["weight_min"] if quantized.form == "minimum" else [],
+    }
+    write_manifest(directory, **(arguments | manifest))
+    return directory
+
+
+class Tiny:
+    """Makers of tiny things."""
+
+    Quantized = Quantized
+    config = staticmethod(tiny_config)
+    grouped = staticmethod(random_grouped)
+    model = staticmethod(write_model)
+    tokenizer = staticmethod(byte_tokenizer)
+    bundle = staticmethod(write_bundle)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Tiny:
+    return Tiny()

@@ -1,0 +1,63 @@
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from deploy.formats.chat import ChatTemplate, ChatTemplateError
+
+MESSAGES = [
+    {"role": "system", "content": "Be <kind> & brief."},
+    {"role": "user", "content": "Grüße"},
+    {"role": "assistant", "content": "Hello"},
+]
+SOURCES = {
+    "chatml": (
+        "{% for message in messages %}\n"
+        "  {% if loop.first and message['role'] != 'system' %}<|system|>{% endif %}\n"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+    "loop controls": "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "json": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}",
+    "tokens": "{{ bos_token }}{{ messages[0].content | trim }}{{ eos_token }}",
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("is_prompt", [True, False])
+def test_it_renders_as_transformers_renders(name, is_prompt):
+    theirs, _ = render_jinja_template(
+        [MESSAGES], chat_template=SOURCES[name], add_generation_prompt=is_prompt, bos_token="<s>", eos_token="</s>"
+    )
+    ours = ChatTemplate(SOURCES[name], bos_token="<s>", eos_token="</s>")
+    assert ours.render(MESSAGES, add_generation_prompt=is_prompt) == theirs[0]
+
+
+def test_a_templates_own_refusal_is_a_value_error():
+    template = ChatTemplate("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ChatTemplateError, match="roles must alternate"):
+        template.render(MESSAGES, add_generation_prompt=True)
+
+
+def test_a_template_cannot_reach_into_python():
+    template = ChatTemplate("{{ messages.__class__.__mro__[1].__subclasses__() }}")
+    with pytest.raises(ChatTemplateError):
+        template.render(MESSAGES, add_generation_prompt=True)
+
+
+def test_a_template_cannot_change_the_messages():
+    with pytest.raises(ChatTemplateError):
+        ChatTemplate("{{ messages.append(1) }}").render(MESSAGES, add_generation_prompt=True)
+
+
+def test_a_source_that_does_not_compile_is_refused():
+    with pytest.raises(ChatTemplateError, match="does not compile"):
+        ChatTemplate("{% for %}")
+
+
+def test_the_date_can_be_asked_for():
+    assert ChatTemplate("{{ strftime_now('%Y') }}").render([], add_generation_prompt=False).startswith("2")
+
+
+def test_the_identity_is_the_sources():
+    assert ChatTemplate("a").identity == ChatTemplate("a", bos_token="x").identity != ChatTemplate("b").identity

@@ -1,0 +1,117 @@
+import numpy as np
+import pytest
+
+from deploy.formats.bundle import Bundle
+from deploy.formats.errors import BundleError
+from deploy.kernels.reference.model import ReferenceBackend
+from deploy.runtime.backend import Row
+from deploy.runtime.sampling import SamplingParams, sample
+from deploy.runtime.session import GenerationOptions, Session
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory, tiny):
+    return Bundle.open(tiny.bundle(tmp_path_factory.mktemp("bundles") / "b"))
+
+
+@pytest.fixture(scope="module")
+def session(bundle):
+    return Session.open(bundle)
+
+
+def options(max_tokens=20, stop=(), **sampling):
+    return GenerationOptions(max_tokens, SamplingParams(**sampling), tuple(stop))
+
+
+def slow_generate(bundle, prompt, count, params):
+    """The whole text recomputed for every token."""
+    tokens = list(prompt)
+    for _ in range(count):
+        rows = [Row(token, i, 0, i - 1) for i, token in enumerate(tokens)]
+        logits = ReferenceBackend(bundle.model()).forward(rows).logits[-1]
+        tokens.append(sample(logits, params, position=len(tokens), path=tokens))
+        if tokens[-1] == 2:
+            break
+    return tuple(tokens[len(prompt) :])
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(1.3, 40, 0.9, 0.01, 1.2, 5)])
+def test_it_generates_what_recomputing_everything_generates(bundle, session, params):
+    prompt = session.encode_chat([{"role": "user", "content": "Grüße!"}])
+    result = session.generate(prompt, GenerationOptions(8, params))
+    assert result.token_ids == slow_generate(bundle, prompt, 8, params)
+    assert result.num_prompt_tokens == len(prompt)
+
+
+def test_the_same_seed_gives_the_same_text_and_another_another(session):
+    prompt = session.encode_raw("Once")
+    first = session.generate(prompt, options(temperature=1.5, seed=3))
+    session.generate(session.encode_raw("something else in between"), options(temperature=1.5))
+    assert session.generate(prompt, options(temperature=1.5, seed=3)).token_ids == first.token_ids
+    assert session.generate(prompt, options(temperature=1.5, seed=4)).token_ids != first.token_ids
+
+
+def test_streamed_pieces_join_to_the_text(session):
+    pieces = []
+    result = session.generate(session.encode_raw("Once"), options(60, temperature=2.0, seed=1), pieces.append)
+    assert "".join(pieces) == result.text
+    assert all(pieces)
+    ended = result.token_ids[-1] == 2
+    assert result.finish_reason == ("eos" if ended else "length")
+    assert result.text == session.tokenizer.decode(list(result.token_ids), skip_special_tokens=True)
+
+
+def test_a_stop_string_ends_the_text_and_is_not_in_it(session):
+    prompt = session.encode_raw("Once")
+    whole = session.generate(prompt, options(60, temperature=2.0, seed=1)).text
+    stop = whole[len(whole) // 2 :][:2]
+    result = session.generate(prompt, options(60, stop=[stop], temperature=2.0, seed=1))
+    assert result.finish_reason == "stop"
+    assert result.text == whole[: whole.index(stop)]
+
+
+def test_an_end_token_ends_the_text(session, monkeypatch):
+    first = session.generate(session.encode_raw("Once"), options(1)).token_ids[0]
+    monkeypatch.setattr(session, "_eos", frozenset([first]))
+    result = session.generate(session.encode_raw("Once"), options(5))
+    assert result.finish_reason == "eos"
+    assert result.text == ""
+    assert result.token_ids == (first,)
+
+
+def test_a_long_prompt_is_prefilled_in_parts(bundle, session):
+    prompt = session.encode_raw("x" * 110)
+    assert session.generate(prompt, options(2)).token_ids == slow_generate(bundle, prompt, 2, SamplingParams())
+
+
+def test_what_does_not_fit_the_context_is_refused_before_any_work(session):
+    with pytest.raises(ValueError, match=r"110 tokens.*max_tokens=19.*context of 128"):
+        session.generate(session.encode_raw("x" * 110), options(19))
+    assert session.generate(session.encode_raw("x" * 126), options(2)).num_prompt_tokens == 126
+
+
+def test_an_empty_prompt_is_refused(session):
+    with pytest.raises(ValueError, match="no tokens"):
+        session.generate([], options())
+
+
+def test_special_tokens_of_the_template_are_tokens(session):
+    tokens = session.encode_chat([{"role": "user", "content": "a"}])
+    assert tokens[0] == 1
+    assert 2 in tokens
+    assert np.count_nonzero(np.array(tokens) == 1) == 2
+
+
+def test_max_tokens_must_be_positive():
+    with pytest.raises(ValueError, match="max_tokens=0"):
+        GenerationOptions(0)
+
+
+def test_a_tokenizer_that_does_not_load_is_refused_by_file(tmp_path, tiny):
+    import json
+
+    directory = tiny.bundle(tmp_path / "b")
+    (directory / "tokenizer.json").write_text(json.dumps({"model": 3}))
+    broken = Bundle(directory, Bundle.open(tiny.bundle(tmp_path / "c")).manifest)
+    with pytest.raises(BundleError, match=r"tokenizer\.json: does not load"):
+        Session.open(broken)
