@@ -96,7 +96,8 @@ _EXACT: dict[Kind, Callable[[GgufTensor], GroupedInt]] = {
 def _blocks(tensor: GgufTensor, *, num_halves: int, num_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     """(fp16 header values as float32 [out, groups, num_halves], code bytes [out, groups, num_bytes])."""
     num_rows, num_columns = tensor.shape
-    raw = np.ascontiguousarray(tensor.data).view(np.uint8).reshape(num_rows, num_columns // GROUP, 2 * num_halves + num_bytes)
+    shape = (num_rows, num_columns // GROUP, 2 * num_halves + num_bytes)
+    raw = np.ascontiguousarray(tensor.data).view(np.uint8).reshape(shape)
     halves = raw[..., : 2 * num_halves].copy().view(np.float16).astype(np.float32)
     return halves, np.ascontiguousarray(raw[..., 2 * num_halves :])
 

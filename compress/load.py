@@ -34,7 +34,7 @@ def replace_weights(model: PreTrainedModel, layers: Mapping[str, GroupedInt]) ->
     """Puts the dequantized weights of `layers` (module name → weight) into the model, in place."""
     for name, weight in layers.items():
         module = model.get_submodule(name)
-        module.weight.data.copy_(torch.from_numpy(weight.dequantize()))
+        module.get_parameter("weight").data.copy_(torch.from_numpy(weight.dequantize()))
 
 
 def _tensor(files: ModelDirectory, name: str, linear_names: set[str]) -> torch.Tensor:

@@ -5,17 +5,16 @@ scales are rounded to bfloat16 *before* the codes are chosen, so that the file h
 layers whose Hessian cannot be inverted are an error or a counted fallback, by policy.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
 from datasets import Dataset
 from llmcompressor import oneshot
-from llmcompressor.core import reset_session
+from llmcompressor.core import State, reset_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -32,13 +31,23 @@ SingularPolicy = Literal["error", "rtn"]
 class CountingGPTQ(GPTQModifier):
     """llmcompressor's GPTQ, with a record of the layers that fell back to rounding and a report of progress."""
 
-    def on_finalize(self, state, **kwargs) -> bool:
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
         _fallen_back.extend(self._rtn_fallback_module_names)
         return super().on_finalize(state, **kwargs)
 
-    def compress_module_list(self, module_list) -> None:
-        super().compress_module_list(module_list)
-        _on_layers(len(module_list))
+    def compress_module_list(self, module_list: list[torch.nn.Module]) -> None:
+        for module in module_list:
+            num_samples = self._num_samples[module].clone()
+            try:
+                super().compress_module_list([module])
+            except torch.linalg.LinAlgError:
+                # The library falls back when H has no factor, but not when only its inverse has none. Under an
+                # identity nothing is passed on from column to column, which is rounding to nearest.
+                self._hessians[module] = torch.eye(module.weight.shape[1], device=module.weight.device)
+                self._num_samples[module] = num_samples
+                super().compress_module_list([module])
+                self._rtn_fallback_module_names.append(self._module_names[module])
+            _on_layers(1)
 
 
 _fallen_back: list[str] = []
@@ -115,12 +124,13 @@ def _run(
     _fallen_back.clear()
     _on_layers = on_layers or (lambda _num_layers: None)
     library_logger.disable("llmcompressor")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    library_logger.disable("compressed_tensors")
     reset_session()
-    arguments = {}
+    arguments: dict[str, Any] = {}
     if samples is not None:
+        columns = {"input_ids": [list(s) for s in samples], "attention_mask": [[1] * len(s) for s in samples]}
         arguments = {
-            "dataset": Dataset.from_dict({"input_ids": [list(s) for s in samples], "attention_mask": [[1] * len(s) for s in samples]}),
+            "dataset": Dataset.from_dict(columns),
             "num_calibration_samples": len(samples),
             "max_seq_length": max(len(s) for s in samples),
             "shuffle_calibration_samples": False,
@@ -139,8 +149,8 @@ def _read_grids(model: PreTrainedModel, grid: WeightGrid) -> dict[str, GroupedIn
     for name, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear) or not hasattr(module, "weight_scale"):
             continue
-        scale = module.weight_scale.detach().float()
-        zero = module.weight_zero_point.detach().float() if not grid.symmetric else torch.zeros_like(scale)
+        scale = module.get_parameter("weight_scale").detach().float()
+        zero = torch.zeros_like(scale) if grid.symmetric else module.get_parameter("weight_zero_point").detach().float()
         weight = module.weight.detach().float().unflatten(1, (-1, grid.group_size))
         middle, top = 1 << (grid.bits - 1), (1 << grid.bits) - 1
         codes = (torch.round(weight / scale[:, :, None] + zero[:, :, None]) + middle).clamp(0, top)

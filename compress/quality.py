@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 ROWS_AT_A_TIME = 128
 """Rows of logits held at once; at a vocabulary of 150k tokens and two models that is 150 MB."""
@@ -47,11 +48,15 @@ def compare_rows(source_logits: Tensor, model_logits: Tensor, targets: Tensor) -
 
 @torch.inference_mode()
 def measure(
-    source, model, sequences: Iterable[Sequence[int]], *, on_tokens: Callable[[int], None] = lambda _num: None
+    source: PreTrainedModel,
+    model: PreTrainedModel,
+    sequences: Iterable[Sequence[int]],
+    *,
+    on_tokens: Callable[[int], None] = lambda _num: None,
 ) -> tuple[Quality, Quality]:
     """(the model's quality, the source's) on held-out token sequences, each at least two tokens long.
 
-    source, model: causal models of transformers. on_tokens: called with the number of predicted tokens of each
+    source, model: causal models. on_tokens: called with the number of predicted tokens of each
     sequence. Raises ValueError without sequences.
     """
     sums = torch.zeros(4, dtype=torch.float64)
@@ -72,6 +77,6 @@ def measure(
     return Quality(math.exp(model_nll), kl, num_same, num_tokens), Quality(math.exp(source_nll), 0.0, 1.0, num_tokens)
 
 
-def _hidden(model, ids: Tensor) -> Tensor:
+def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """The final hidden states [1, tokens, hidden], before the head."""
     return model.model(ids, use_cache=False).last_hidden_state

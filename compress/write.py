@@ -22,10 +22,12 @@ def write_quantized(target: Path, layers: Mapping[str, GroupedInt], out: Path) -
     out.mkdir(parents=True, exist_ok=True)
     with ModelDirectory.open(target) as files:
         tensors = {}
+        is_whole = set(layers) == set(files.layers)
         for name in files.names():
             module = name.removesuffix(".weight")
             if module in layers:
-                tensors.update(encode(module, layers[module], _scale_dtype(layers[module]), symmetric=_is_symmetric(layers[module])))
+                weight = layers[module]
+                tensors.update(encode(module, weight, _scale_dtype(weight), symmetric=_is_symmetric(weight)))
             else:
                 tensors[name] = _sixteen_bits(files.float32(name))
                 files.release(name)
@@ -33,7 +35,7 @@ def write_quantized(target: Path, layers: Mapping[str, GroupedInt], out: Path) -
     config = json.loads((target / "config.json").read_text())
     config["dtype"] = "bfloat16"
     if layers:
-        config["quantization_config"] = quantization_config(_groups(layers))
+        config["quantization_config"] = quantization_config(_groups(layers, is_whole=is_whole))
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if (target / "generation_config.json").is_file():
         shutil.copyfile(target / "generation_config.json", out / "generation_config.json")
@@ -50,13 +52,16 @@ def stored_bits_per_weight(layers: Mapping[str, GroupedInt]) -> float:
     return bits / count if count else 16.0
 
 
-def _groups(layers: Mapping[str, GroupedInt]) -> list[QuantizationGroup]:
-    """One group for all layers alike; where layers differ, each kind lists its layers by name."""
+def _groups(layers: Mapping[str, GroupedInt], *, is_whole: bool) -> list[QuantizationGroup]:
+    """One group where all of a model's layers are alike; otherwise each kind lists its layers by name.
+
+    is_whole: `layers` are all linear layers of the model.
+    """
     by_kind: dict[tuple[int, int, bool, bool], list[str]] = {}
     for name, weight in layers.items():
         kind = (weight.bits, weight.group_size, _is_symmetric(weight), weight.zero_point is None)
         by_kind.setdefault(kind, []).append(name)
-    if len(by_kind) == 1:
+    if is_whole and len(by_kind) == 1:
         return [QuantizationGroup(("Linear",), *next(iter(by_kind)))]
     return [QuantizationGroup(tuple(names), *kind) for kind, names in by_kind.items()]
 

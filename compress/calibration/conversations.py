@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
-from compress.calibration.generate import Continuation, drop_most_perplexing, sample_continuations
+from compress.calibration.generate import Continuation, SamplingRule, drop_most_perplexing, sample_continuations
 
 MARKER = "\u2063user turn\u2063"
 
@@ -53,8 +54,6 @@ class ConversationBudget:
     num_samples: int
     prompt_tokens: int
     response_tokens: int
-    temperature: float
-    top_p: float
     system_share: float
     drop_share: float
 
@@ -64,10 +63,10 @@ UNFINISHED_ALLOWANCE, UNFINISHED_EXTRA = 1.3, 6
 
 
 def write_conversations(
-    model,
+    model: PreTrainedModel,
     encode: Callable[[str], list[int]],
     frame: ChatFrame,
-    end_ids: set[int],
+    rule: SamplingRule,
     budget: ConversationBudget,
     *,
     seed: int,
@@ -83,11 +82,13 @@ def write_conversations(
     num_begun = round(num_wanted * UNFINISHED_ALLOWANCE) + UNFINISHED_EXTRA
     system = encode(frame.system) if frame.system else []
     header, bridge = encode(frame.before), encode(frame.after)
-    common = {"end_ids": end_ids, "top_p": budget.top_p, "temperature": budget.temperature, "generator": generator}
-    step = lambda _num_rows: on_step(1)  # noqa: E731
-    asked = sample_continuations(
-        model, [system + header] * num_begun, num_tokens=budget.prompt_tokens, on_step=step, **common
-    )
+
+    def continued(prompts: list[list[int]], num_tokens: int) -> list[Continuation]:
+        return sample_continuations(
+            model, prompts, rule, num_tokens=num_tokens, generator=generator, on_step=lambda _num_rows: on_step(1)
+        )
+
+    asked = continued([system + header] * num_begun, budget.prompt_tokens)
     complete = [i for i, turn in enumerate(asked) if turn.is_finished and len(turn.tokens) > 1]
     if len(complete) < budget.num_samples:
         raise ValueError(
@@ -95,8 +96,8 @@ def write_conversations(
             f"{budget.prompt_tokens}; raise it, or use calibrate=texts"
         )
     complete = complete[:num_wanted]
-    contexts = [system + header + _without_end(asked[i], end_ids) + bridge for i in complete]
-    answers = sample_continuations(model, contexts, num_tokens=budget.response_tokens, on_step=step, **common)
+    contexts = [system + header + _without_end(asked[i], rule.end_ids) + bridge for i in complete]
+    answers = continued(contexts, budget.response_tokens)
     kept = drop_most_perplexing(
         [[asked[i], answer] for i, answer in zip(complete, answers, strict=True)],
         share=budget.drop_share,
@@ -111,5 +112,5 @@ def _is_every(share: float, index: int) -> bool:
     return int((index + 1) * share) > int(index * share)
 
 
-def _without_end(turn: Continuation, end_ids: set[int]) -> list[int]:
+def _without_end(turn: Continuation, end_ids: frozenset[int]) -> list[int]:
     return turn.tokens[:-1] if turn.tokens and turn.tokens[-1] in end_ids else turn.tokens

@@ -12,11 +12,21 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 COMPACT_BELOW = 0.75
 """Finished rows leave the batch once fewer than this share of its rows is still being written."""
 CANDIDATES = 1024
 """Sampling looks at this many of the most likely tokens; the nucleus of a sane model is far smaller."""
+
+
+@dataclass(frozen=True)
+class SamplingRule:
+    """How tokens are drawn, and which of them end a text."""
+
+    temperature: float
+    top_p: float
+    end_ids: frozenset[int]
 
 
 @dataclass
@@ -30,17 +40,15 @@ class Continuation:
 
 @torch.inference_mode()
 def sample_continuations(
-    model,
+    model: PreTrainedModel,
     prompts: list[list[int]],
+    rule: SamplingRule,
     *,
     num_tokens: int,
-    end_ids: set[int],
-    temperature: float,
-    top_p: float,
     generator: torch.Generator,
     on_step: Callable[[int], None],
 ) -> list[Continuation]:
-    """Continues every prompt in one batch by up to `num_tokens` sampled tokens, or to one of `end_ids` (kept).
+    """Continues every prompt in one batch by up to `num_tokens` sampled tokens, or to one of the rule's end ids (kept).
 
     on_step is called after each step with the number of rows written.
     """
@@ -51,16 +59,21 @@ def sample_continuations(
     for _ in range(num_tokens):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -step_ids.shape[1] :]
         out = model(
-            step_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            step_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
         cache, logits = out.past_key_values, out.logits[:, -1].float()
-        chosen = _sample(logits, temperature, top_p, generator)
+        chosen = _sample(logits, rule, generator)
         log_probs = torch.log_softmax(logits, -1).gather(1, chosen[:, None])[:, 0]
         for row, token, log_prob in zip(rows, chosen.tolist(), log_probs.tolist(), strict=True):
             if not results[row].is_finished:
                 results[row].tokens.append(token)
                 results[row].log_probs.append(log_prob)
-                results[row].is_finished = token in end_ids
+                results[row].is_finished = token in rule.end_ids
         on_step(sum(not results[row].is_finished for row in rows))
         step_ids, mask = chosen[:, None], torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
         alive = [i for i, row in enumerate(rows) if not results[row].is_finished]
@@ -99,23 +112,21 @@ def _left_padded(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+def _sample(logits: Tensor, rule: SamplingRule, generator: torch.Generator) -> Tensor:
     """Nucleus sampling (arXiv 1904.09751) over logits [rows, vocabulary]; returns the ids [rows]."""
     values, ids = logits.topk(min(CANDIDATES, logits.shape[1]), dim=-1)
-    probs = torch.softmax(values / temperature, -1)
-    probs[probs.cumsum(-1) - probs >= top_p] = 0
+    probs = torch.softmax(values / rule.temperature, -1)
+    probs[probs.cumsum(-1) - probs >= rule.top_p] = 0
     return ids.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 
 def write_free_texts(
-    model,
+    model: PreTrainedModel,
     vocabulary: dict[str, int],
-    end_ids: set[int],
+    rule: SamplingRule,
     *,
     num_samples: int,
     num_tokens: int,
-    temperature: float,
-    top_p: float,
     drop_share: float,
     seed: int,
     on_step: Callable[[int], None],
@@ -132,10 +143,8 @@ def write_free_texts(
     texts = sample_continuations(
         model,
         prompts,
+        rule,
         num_tokens=num_tokens,
-        end_ids=end_ids,
-        temperature=temperature,
-        top_p=top_p,
         generator=generator,
         on_step=lambda _num_rows: on_step(1),
     )

@@ -1,7 +1,7 @@
 """One sample of tokens and the file that holds many: `samples.jsonl`, one JSON object a line."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ class Sample:
     ids: tuple[int, ...]
 
 
-def write_samples(path: Path, samples: Iterable[Sample], decode) -> None:
+def write_samples(path: Path, samples: Iterable[Sample], decode: Callable[[list[int]], str]) -> None:
     """Writes the samples; decode: ids → text, stored beside the ids for people who read the file."""
     with path.open("w", encoding="utf-8") as stream:
         for sample in samples:
@@ -44,3 +44,19 @@ def read_samples(path: Path, split: str, groups: Iterable[str] | None = None) ->
             f" {', '.join(sorted(present)) or 'none'}); choose among these or set calibrate accordingly"
         )
     return [sample for sample in found if sample.group in wanted]
+
+
+def spread(samples: list[Sample], num_samples: int | None) -> list[Sample]:
+    """The first `num_samples`, taken from the groups in turn so that each gives alike; None takes all.
+
+    Raises ValueError when there are fewer.
+    """
+    if num_samples is None:
+        return samples
+    if num_samples > len(samples):
+        raise ValueError(f"quantize.num_samples={num_samples}: calibrate made only {len(samples)}; raise its budgets")
+    by_group: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_group.setdefault(sample.group, []).append(sample)
+    ranked = [(rank, sample) for group in by_group.values() for rank, sample in enumerate(group)]
+    return [sample for _rank, sample in sorted(ranked, key=lambda pair: pair[0])[:num_samples]]

@@ -7,7 +7,7 @@ library's sources are code. A file or a data set can take their place.
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +71,8 @@ def split_documents(
     documents: Iterable[Document], *, heldout_share: float, seed: int
 ) -> tuple[list[Document], list[Document]]:
     """(calibration, held-out) by a hash of each document's name, so that adding one never moves another."""
-    calibration, heldout = [], []
+    calibration: list[Document] = []
+    heldout: list[Document] = []
     for document in documents:
         digest = hashlib.sha256(f"{seed}/{document.name}".encode()).digest()
         is_heldout = int.from_bytes(digest[:4], "little") < heldout_share * 2**32
@@ -81,7 +82,7 @@ def split_documents(
 
 def windows(
     documents: list[Document],
-    tokenize,
+    tokenize: Callable[[str], list[int]],
     *,
     group: str,
     split: str,
@@ -105,8 +106,8 @@ def windows(
     while starts and len(samples) < num_samples:
         for index in list(starts):
             begin = starts[index].pop()
-            ids = tuple(tokens[index][begin : begin + sequence_length])
-            samples.append(Sample(group, split, documents[index].name, ids))
+            window = tokens[index][begin : begin + sequence_length]
+            samples.append(Sample(group, split, documents[index].name, tuple(window)))
             if not starts[index]:
                 del starts[index]
             if len(samples) == num_samples:

@@ -9,7 +9,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from compress.target.gguf_source import GgufFile, hugging_face_names, row_order, unpermute_rows
-from compress.target.gguf_tokenizer import byte_level_bpe, tokenizer_config
+from compress.target.gguf_tokenizer import PRE_TOKENIZERS, byte_level_bpe, tokenizer_config
+from deploy.formats.architectures import ModelShape, linear_layers, other_tensors
 
 ARCHITECTURE_CLASS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 TIED_TOLERANCE = 0.1
@@ -30,6 +31,42 @@ def convert(file: GgufFile, out: Path) -> None:
     save_file({name: tensor_values(file, name, source) for name, source in names.items()}, out / "model.safetensors")
     _write_json(out / "config.json", config)
     write_tokenizer(file, out)
+
+
+def check_file(file: GgufFile) -> None:
+    """Raises ValueError, from metadata alone, when the file lacks what `convert` needs or holds what it cannot take."""
+    config = model_config(file)
+    check_tokenizer(file)
+    names = hugging_face_names(file, config["num_hidden_layers"])
+    embedding = names.get("model.embed_tokens.weight")
+    num_tokens = file.tensor(embedding).shape[0] if embedding else len(file.tokenizer_metadata()["tokens"])
+    tied = "lm_head.weight" not in names
+    shape = ModelShape.from_config({**config, "vocab_size": num_tokens, "tie_word_embeddings": tied})
+    needed = other_tensors(shape) | {f"{name}.weight": (rows, columns) for name, rows, columns in linear_layers(shape)}
+    for name, size in needed.items():
+        if name not in names:
+            raise ValueError(f"target.path={file.path} lacks the tensor {name}; fetch or convert it again")
+        found = file.tensor(names[name]).shape
+        if found != size:
+            raise ValueError(f"target.path={file.path}: {names[name]} is {list(found)}, its metadata say {list(size)}")
+
+
+def check_tokenizer(file: GgufFile) -> None:
+    """Raises ValueError when the tokenizer cannot be taken from the file."""
+    metadata = file.tokenizer_metadata()
+    if metadata.get("model") != "gpt2":
+        raise ValueError(
+            f"target.path={file.path} has tokenizer {metadata.get('model')!r}; only byte-level BPE ('gpt2') can be"
+            " taken from a GGUF file: use the model's Hugging Face directory (target=hf) instead"
+        )
+    for key in ("tokens", "token_type", "merges"):
+        if key not in metadata:
+            raise ValueError(f"target.path={file.path} lacks the field tokenizer.ggml.{key}; convert it again")
+    if (pre := metadata.get("pre", "gpt-2")) not in PRE_TOKENIZERS:
+        raise ValueError(
+            f"target.path={file.path}: tokenizer.ggml.pre={pre!r} is not known (known:"
+            f" {', '.join(sorted(PRE_TOKENIZERS))}); use the model's Hugging Face directory (target=hf) instead"
+        )
 
 
 def tensor_values(file: GgufFile, name: str, source: str) -> np.ndarray:
@@ -64,13 +101,9 @@ def model_config(file: GgufFile) -> dict[str, Any]:
 
 
 def write_tokenizer(file: GgufFile, out: Path) -> None:
-    """tokenizer.json, tokenizer_config.json, generation_config.json and, where the file has one, chat_template.jinja."""
+    """tokenizer.json, tokenizer_config.json, generation_config.json and, where there is one, chat_template.jinja."""
+    check_tokenizer(file)
     metadata = file.tokenizer_metadata()
-    if metadata.get("model") != "gpt2":
-        raise ValueError(
-            f"target.path={file.path} has tokenizer {metadata.get('model')!r}; only byte-level BPE ('gpt2') can be"
-            " taken from a GGUF file: use the model's Hugging Face directory (target=hf) instead"
-        )
     byte_level_bpe(metadata).save(str(out / "tokenizer.json"))
     _write_json(out / "tokenizer_config.json", tokenizer_config(metadata))
     ends = [metadata.get(key) for key in ("eos_token_id", "eot_token_id")]
@@ -82,6 +115,14 @@ def write_tokenizer(file: GgufFile, out: Path) -> None:
 
 def _rope_parameters(file: GgufFile) -> dict[str, Any]:
     theta = float(file.hyperparameter("rope.freq_base", 10000.0))
+    head_dim = file.hyperparameter("embedding_length") // file.hyperparameter("attention.head_count")
+    head_dim = file.hyperparameter("attention.key_length", head_dim)
+    rotated = file.hyperparameter("rope.dimension_count", head_dim)
+    if rotated != head_dim:
+        raise ValueError(
+            f"target.path={file.path}: {file.architecture}.rope.dimension_count={rotated} rotates a part of each head"
+            f" of {head_dim}; only whole heads are supported"
+        )
     kind = file.metadata.get(f"{file.architecture}.rope.scaling.type", "none")
     if kind not in ("none", "llama3"):
         raise ValueError(f"target.path={file.path}: rope scaling {kind!r} is not supported; supported: none, llama3")

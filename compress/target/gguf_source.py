@@ -117,7 +117,8 @@ def hugging_face_names(file: GgufFile, num_layers: int) -> dict[str, str]:
                 found[f"{module}.{suffix}"] = f"{gguf_module}.{suffix}"
     unknown = set(file.names()) - set(found.values()) - {"rope_freqs.weight"}
     if unknown:
-        raise ValueError(f"target.path={file.path} holds tensors that no supported model has: {', '.join(sorted(unknown)[:5])}")
+        names = ", ".join(sorted(unknown)[:5])
+        raise ValueError(f"target.path={file.path} holds tensors that no supported model has: {names}")
     return found
 
 
@@ -133,7 +134,7 @@ def unpermute_rows(rows: np.ndarray, num_heads: int) -> np.ndarray:
 
 
 def row_order(file: GgufFile, name: str) -> int | None:
-    """Number of heads by which the rows of tensor `name` (Hugging Face name) are interleaved, None where they are not."""
+    """Number of heads by which the rows of tensor `name` (Hugging Face name) are interleaved; None: they are not."""
     if file.architecture != "llama":
         return None
     if ".q_proj." in name:

@@ -64,7 +64,8 @@ def byte_level_bpe(metadata: dict[str, Any]) -> Tokenizer:
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
     tokenizer.decoder = decoders.ByteLevel()
     for special, kind in ((True, CONTROL), (False, USER_DEFINED)):
-        added = [AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, types, strict=True) if k == kind]
+        texts = [token for token, its_kind in zip(tokens, types, strict=True) if its_kind == kind]
+        added = [AddedToken(text, special=special, normalized=False) for text in texts]
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
     return tokenizer
 

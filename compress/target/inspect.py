@@ -4,7 +4,7 @@ import json
 from functools import lru_cache
 from pathlib import Path
 
-from compress.target.gguf_convert import model_config
+from compress.target.gguf_convert import check_file, model_config
 from compress.target.gguf_source import GgufFile
 from compress.target.sources import Source, check_directory
 from deploy.formats.architectures import ModelShape
@@ -19,7 +19,7 @@ def open_gguf(path: Path) -> GgufFile:
 def check_source(source: Source) -> None:
     """Raises ValueError when the source is damaged, truncated or of an unsupported architecture."""
     if source.kind == "gguf":
-        read_shape(source)
+        check_file(open_gguf(source.path))
     else:
         check_directory(source.path)
 
@@ -28,6 +28,7 @@ def read_shape(source: Source) -> ModelShape:
     """The model's shape from the source's metadata. Raises ValueError on an unsupported architecture."""
     if source.kind == "gguf":
         file = open_gguf(source.path)
-        config = model_config(file)
-        return ModelShape.from_config({**config, "vocab_size": len(file.tokenizer_metadata()["tokens"])})
+        tied = "output.weight" not in file.names()
+        num_tokens = len(file.tokenizer_metadata().get("tokens", "?"))
+        return ModelShape.from_config({**model_config(file), "vocab_size": num_tokens, "tie_word_embeddings": tied})
     return ModelShape.from_config(json.loads((source.path / "config.json").read_text()))

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from deploy.formats.architectures import ModelShape
+from deploy.formats.errors import FormatError
+from deploy.formats.model_dir import ModelDirectory
 from deploy.formats.safetensors_file import SafetensorsFile
 
 KINDS = ("package", "gguf", "hf")
 WEIGHTS = "*.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,12 @@ def check_directory(path: Path) -> dict[str, Any]:
         raise ValueError(f"target.path={path} has no config.json; name a Hugging Face model directory")
     try:
         config = json.loads(config_path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{config_path} is not JSON ({error}); fetch it again") from error
-    ModelShape.from_config(config)
+    except ValueError as error:
+        raise ValueError(f"target.path={path}: config.json is not JSON ({error}); fetch it again") from error
+    try:
+        ModelShape.from_config(config)
+    except FormatError as error:
+        raise ValueError(f"target.path={path}: {error}") from error
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method")
         raise ValueError(f"target.path={path} is quantized already ({method}); name the unquantized model")
@@ -75,9 +81,13 @@ def check_directory(path: Path) -> dict[str, Any]:
     if not weights:
         hint = "; convert the pickled .bin files to safetensors" if any(path.glob("*.bin")) else ""
         raise ValueError(f"target.path={path} has no {WEIGHTS} file{hint}")
-    for file in weights:
-        with SafetensorsFile(file):
+    try:
+        with ModelDirectory.open(path):  # every tensor that the architecture needs, by header
             pass
+    except FormatError as error:
+        raise ValueError(f"target.path={path}: {error}; fetch it again") from error
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(f"target.path={path} has no tokenizer ({', '.join(TOKENIZER_FILES)}); fetch it again")
     return config
 
 

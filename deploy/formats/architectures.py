@@ -31,6 +31,11 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+# Beyond any model; a damaged or hostile config.json must not make lists of its size.
+MAX_LAYERS = 4096
+MAX_SIZE = (1 << 31) - 1
+
+
 class LinearLayer(NamedTuple):
     """A linear layer: its name without `.weight`, and its weight's shape."""
 
@@ -53,12 +58,12 @@ def _refuse(key: str, value: object, supported: str) -> FormatError:
     return FormatError(f"config.json: {key}={value!r} is not supported; supported: {supported}")
 
 
-def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def _count(config: Mapping[str, Any], key: str, default: int | None = None, limit: int = MAX_SIZE) -> int:
     value = config.get(key)
     if value is None:
         value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise _refuse(key, value, "a positive integer")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
+        raise _refuse(key, value, f"an integer from 1 to {limit}")
     return value
 
 
@@ -98,6 +103,8 @@ def _parse_rope(config: Mapping[str, Any], context_length: int) -> tuple[float, 
 def _parse_window(config: Mapping[str, Any], model_type: str) -> int | None:
     """Length of the sliding attention window that some layer has, or None."""
     layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise _refuse("layer_types", layer_types, "a list")
     for kind in layer_types:
         if kind not in ("full_attention", "sliding_attention"):
             raise _refuse("layer_types", kind, "full_attention")
@@ -147,7 +154,7 @@ class ModelShape:
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
         """Read a Hugging Face config.json. Raises FormatError naming what is unsupported and what is supported."""
         model_type = config.get("model_type")
-        if model_type not in ARCHITECTURES:
+        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
             raise _refuse("model_type", model_type, ", ".join(ARCHITECTURES))
         architecture = ARCHITECTURES[model_type]
         _check_switches(config, model_type)
@@ -164,7 +171,7 @@ class ModelShape:
         theta, scaling = _parse_rope(config, trained_length)
         return cls(
             model_type=model_type,
-            num_layers=_count(config, "num_hidden_layers"),
+            num_layers=_count(config, "num_hidden_layers", limit=MAX_LAYERS),
             hidden_size=hidden_size,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,

@@ -22,7 +22,8 @@ from deploy.formats.model_dir import ModelDirectory, read_json
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 REQUIRED_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "report.html", "README.md")
-ROLES = ("target",)
+# target-w4a16: the target again, rounded to integer zero points, where its own form uses an extension.
+ROLES = ("target", "target-w4a16")
 EXTENSIONS = ("weight_min",)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

@@ -145,12 +145,14 @@ def _parse_group(key: str, raw: object) -> QuantizationGroup:
     return QuantizationGroup(tuple(targets), weights["num_bits"], size, symmetric, minimum)
 
 
-def parse_quantization_config(raw: Mapping[str, Any]) -> Quantization:
+def parse_quantization_config(raw: object) -> Quantization:
     """Read what `quantization_config` or llmcompressor wrote.
 
     Raises FormatError naming the key, its value and what is supported; nothing that would change the numbers is
     skipped (activation schemes, other strategies, transforms, sparsity, quantized KV caches).
     """
+    if not isinstance(raw, Mapping):
+        raise FormatError(f"quantization_config={raw!r} is not an object")
     _expect(raw.get("quant_method"), (QUANT_METHOD,), "quant_method")
     _expect(raw.get("format"), (PACK_FORMAT,), "format")
     _expect(raw.get("kv_cache_scheme"), (None,), "kv_cache_scheme")

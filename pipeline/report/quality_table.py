@@ -41,11 +41,10 @@ def as_text(rows: Sequence[QualityRow]) -> list[str]:
     """Aligned lines for a terminal."""
     table = cells(rows)
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    aligned = []
-    for line in table:
-        first, *others = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        aligned.append("  ".join([first, *others]))
-    return aligned
+    return [
+        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(line, widths, strict=True)) for line in table)
+    ]
 
 
 def as_markdown(rows: Sequence[QualityRow]) -> str:

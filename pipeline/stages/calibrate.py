@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.graph import BuildContext
 from pipeline.manifest import sha256_file
+
+if TYPE_CHECKING:
+    from compress.calibration.generate import SamplingRule
 
 SAMPLES = "samples.jsonl"
 
 
 def check(path: str | None, config: dict[str, Any]) -> None:
     """Raises ValueError on budgets that make no sense and on a text file (`path`) that cannot be read."""
-    text, chat, free = config["text"], config["chat"], config["free"]
-    for group, values in (("chat", chat), ("free", free), ("text", text)):
-        for key, value in values.items():
-            if key.startswith("num_") and (not isinstance(value, int) or value < 0):
-                raise ValueError(f"calibrate.{group}.{key}={value} must be a whole number, 0 or more")
-            if key.endswith("_share") and not 0 <= value < 1:
-                raise ValueError(f"calibrate.{group}.{key}={value} must be at least 0 and below 1")
-            if key == "top_p" and not 0 < value <= 1:
-                raise ValueError(f"calibrate.{group}.{key}={value} must be above 0 and at most 1")
-            if key == "temperature" and value <= 0:
-                raise ValueError(f"calibrate.{group}.{key}={value} must be above 0")
+    text, chat = config["text"], config["chat"]
+    for group in ("chat", "free", "text"):
+        for key, value in config[group].items():
+            _check_value(f"calibrate.{group}.{key}", value)
     if config["sequence_length"] < 64:
         raise ValueError(f"calibrate.sequence_length={config['sequence_length']} is too short; use at least 64")
     if chat["num_heldout"] + text["num_heldout"] == 0:
@@ -36,6 +32,21 @@ def check(path: str | None, config: dict[str, Any]) -> None:
         file_documents(Path(path))
     if text["source"] == "dataset" and not text["dataset"]:
         raise ValueError("calibrate.text.source=dataset needs calibrate.text.dataset")
+
+
+def _check_value(key: str, value: Any) -> None:
+    """Raises ValueError when a count, share, temperature or nucleus is out of its range."""
+    name = key.rsplit(".", 1)[-1]
+    if name.startswith("num_") and value < 0:
+        raise ValueError(f"{key}={value} must be 0 or more")
+    if name.endswith("_tokens") and value < 1:
+        raise ValueError(f"{key}={value} must be 1 or more")
+    if name.endswith("_share") and not 0 <= value < 1:
+        raise ValueError(f"{key}={value} must be at least 0 and below 1")
+    if name == "top_p" and not 0 < value <= 1:
+        raise ValueError(f"{key}={value} must be above 0 and at most 1")
+    if name == "temperature" and value <= 0:
+        raise ValueError(f"{key}={value} must be above 0")
 
 
 def fingerprint(config: dict[str, Any]) -> dict[str, str]:
@@ -55,7 +66,7 @@ def build(path: str | None, context: BuildContext) -> None:
     model_dir = context.inputs["target"] / "model"
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     samples = [*_texts(context, path, tokenizer), *_self_written(context, model_dir, tokenizer)]
-    write_samples(context.out / SAMPLES, samples, tokenizer.decode)
+    write_samples(context.out / SAMPLES, samples, lambda ids: str(tokenizer.decode(ids)))
     counts: dict[str, dict[str, int]] = {}
     for sample in samples:
         entry = counts.setdefault(f"{sample.group} {sample.split}", {"samples": 0, "tokens": 0})
@@ -111,14 +122,15 @@ def _conversations(context: BuildContext, model: Any, tokenizer: Any) -> list[An
     from compress.calibration.conversations import ChatFrame, ConversationBudget, write_conversations
     from compress.calibration.samples import Sample
 
-    config = dict(context.config["chat"])
-    num_samples, num_heldout = config.pop("num_samples"), config.pop("num_heldout")
+    config = context.config["chat"]
+    num_samples, num_heldout = config["num_samples"], config["num_heldout"]
     if num_samples + num_heldout == 0:
         return []
-    end_ids = _end_ids(model, tokenizer)
+    rule = _rule(config, model, tokenizer)
+    lengths = ("prompt_tokens", "response_tokens", "system_share", "drop_share")
     frame = ChatFrame.from_template(
         lambda messages: tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False),
-        [tokenizer.decode([end]) for end in end_ids],
+        [tokenizer.decode([end]) for end in rule.end_ids],
     )
     steps = config["prompt_tokens"] + config["response_tokens"]
     with context.progress(steps, "conversations of the target with itself", "steps") as bar:
@@ -126,8 +138,8 @@ def _conversations(context: BuildContext, model: Any, tokenizer: Any) -> list[An
             model,
             lambda text: tokenizer(text, add_special_tokens=False).input_ids,
             frame,
-            end_ids,
-            ConversationBudget(num_samples=num_samples + num_heldout, **config),
+            rule,
+            ConversationBudget(num_samples=num_samples + num_heldout, **{key: config[key] for key in lengths}),
             seed=context.seed,
             on_step=bar.update,
         )
@@ -147,12 +159,22 @@ def _free_texts(context: BuildContext, model: Any, tokenizer: Any) -> list[Any]:
         return []
     with context.progress(config["num_tokens"], "texts that the target writes freely", "steps") as bar:
         written = write_free_texts(
-            model, tokenizer.get_vocab(), _end_ids(model, tokenizer), seed=context.seed, on_step=bar.update, **config
+            model,
+            tokenizer.get_vocab(),
+            _rule(config, model, tokenizer),
+            num_samples=config["num_samples"],
+            num_tokens=config["num_tokens"],
+            drop_share=config["drop_share"],
+            seed=context.seed,
+            on_step=bar.update,
         )
     return [Sample("free", "calibration", f"self-written/{index}", tuple(ids)) for index, ids in enumerate(written)]
 
 
-def _end_ids(model: Any, tokenizer: Any) -> set[int]:
+def _rule(config: dict[str, Any], model: Any, tokenizer: Any) -> SamplingRule:
+    from compress.calibration.generate import SamplingRule
+
     ends = model.generation_config.eos_token_id
     listed = [ends] if isinstance(ends, int) else list(ends or [])
-    return {end for end in (*listed, tokenizer.eos_token_id) if end is not None}
+    end_ids = frozenset(end for end in (*listed, tokenizer.eos_token_id) if end is not None)
+    return SamplingRule(config["temperature"], config["top_p"], end_ids)

@@ -72,7 +72,7 @@ def publish(bundles: Path, name: str, artifact: Path, manifest: Manifest) -> lis
 def quality_rows(context: BuildContext) -> list[QualityRow]:
     """The source, the bundle's own method, then the others in the order of the configuration."""
     precision = _read_json(context.inputs["target"] / "source.json")["precision"]
-    rows = []
+    rows: list[QualityRow] = []
     for role in [role for role in context.inputs if role.split("[")[0] == "quality"]:
         measured = _read_json(context.inputs[role] / "quality.json")
         model_role = role.replace("quality", "quantize", 1)

@@ -15,7 +15,7 @@ from pipeline.graph import BuildContext
 from pipeline.stages.calibrate import SAMPLES
 
 OBSERVERS = {"minmax": "memoryless_minmax", "mse": "memoryless_mse", "imatrix_mse": "imatrix_mse"}
-TWIN_GRID = {"bits": 4, "group_size": 32, "symmetric": False}
+TWIN_GRID = WeightGrid(bits=4, group_size=32, symmetric=False)
 
 
 def check(config: dict[str, Any], read_shape: Callable[[], ModelShape]) -> None:
@@ -73,12 +73,13 @@ def build(source: Source, context: BuildContext) -> None:
 
 def _gptq(context: BuildContext, target: Path, source: Source) -> QuantizedLayers:
     from compress import oneshot
-    from compress.calibration.samples import read_samples
+    from compress.calibration.samples import read_samples, spread
     from deploy.formats.architectures import linear_layers
     from deploy.formats.model_dir import ModelDirectory
 
     config = context.config
     samples = read_samples(context.inputs["calibrate"] / SAMPLES, "calibration", config["calibration"])
+    samples = spread(samples, config["num_samples"])
     with ModelDirectory.open(target) as files:
         num_layers = len(linear_layers(files.shape))
     with context.progress(num_layers, f"GPTQ on {len(samples)} samples", "layers") as bar:
@@ -136,4 +137,5 @@ def _grid(config: dict[str, Any]) -> WeightGrid:
 def _twin(target: Path) -> dict[str, GroupedInt]:
     """A standard W4A16 form: the same values rounded to the nearest code on a grid with integer zero points."""
     from compress import oneshot
-    return oneshot.rtn(target, WeightGrid(**TWIN_GRID), observer=OBSERVERS["mse"]).layers
+
+    return oneshot.rtn(target, TWIN_GRID, observer=OBSERVERS["mse"]).layers

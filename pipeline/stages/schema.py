@@ -113,6 +113,7 @@ class GptqConfig:
     """`conf/quantize/gptq.yaml`. dampening: fraction of the Hessian's mean diagonal added to it.
 
     calibration: groups of samples to use (chat, free, prose, code, text); null takes all that calibrate made.
+    num_samples: how many of them, the groups in turn; null takes all.
     """
 
     method: str = "gptq"
@@ -124,6 +125,7 @@ class GptqConfig:
     activation_order: bool = MISSING
     on_singular: OnSingular = MISSING
     calibration: list[str] | None = None
+    num_samples: int | None = None
 
 
 @dataclass

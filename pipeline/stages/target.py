@@ -24,7 +24,7 @@ def build(source: Source, context: BuildContext) -> None:
     (context.out / "source.json").write_text(json.dumps(facts, indent=2) + "\n")
     precision = facts["precision"]
     context.summary.update(facts)
-    context.tracker.summary(context.stage, {"bits_per_weight": precision["bits_per_weight"], "lossy": precision["lossy"]})
+    context.tracker.summary(context.stage, {key: precision[key] for key in ("bits_per_weight", "lossy")})
 
 
 def _from_gguf(source: Source, out: Path) -> dict[str, Any]:

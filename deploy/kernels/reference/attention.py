@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from deploy.kernels.reference.fp32 import Float32, exp32, fma, lane_dot
+from deploy.kernels.reference.fp32 import Float32, add_round, exp32, lane_dot
 
 BLOCK = 32
 _MAX_PRODUCTS = 1 << 21
@@ -59,7 +59,7 @@ def attend(
     active = (lengths[:, None] > positions).sum(axis=0)
     maximum = np.full(scores.shape[:3], -np.inf, dtype=np.float32)
     total = np.zeros(scores.shape[:3], dtype=np.float32)
-    output = np.zeros(grouped.shape, dtype=np.float32)
+    output = np.zeros(grouped.shape, dtype=np.float64)  # always holds float32 values
     for begin in range(0, paths.shape[1], BLOCK):
         n = int(active[begin])
         block = scores[:n, ..., begin : begin + BLOCK]
@@ -67,15 +67,16 @@ def attend(
         correction = exp32(maximum[:n] - new_maximum)
         maximum[:n] = new_maximum
         total[:n] *= correction
-        output[:n] *= correction[..., None]
+        output[:n] = (output[:n] * correction[..., None]).astype(np.float32)
         weights = exp32(block - new_maximum[..., None])
+        block_values = values[paths[:n, begin : begin + BLOCK]].astype(np.float64)
         for offset in range(block.shape[-1]):
             m = int(active[begin + offset])
             weight = weights[:m, ..., offset]
-            value = values[paths[:m, begin + offset]].astype(np.float32)[:, :, None, :]
             total[:m] += weight
-            output[:m] = fma(weight[..., None], value, output[:m])
-    output /= total[..., None]
-    result = np.empty_like(output)
-    result[order] = output
+            products = weight[..., None].astype(np.float64) * block_values[:m, offset][:, :, None, :]
+            output[:m] = add_round(products, output[:m])
+    quotient = output.astype(np.float32) / total[..., None]
+    result = np.empty_like(quotient)
+    result[order] = quotient
     return result.reshape(rows, q_heads * head_dim)

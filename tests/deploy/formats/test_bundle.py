@@ -1,6 +1,9 @@
 import json
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deploy.formats.bundle import MANIFEST, Bundle, verify_bundle, write_manifest
 from deploy.formats.errors import BundleError
@@ -151,6 +154,14 @@ def test_float_minima_must_be_declared(tmp_path, tiny):
     assert Bundle.open(bundle).manifest.extensions == ("weight_min",)
 
 
+def test_a_standard_twin_may_stand_beside_the_target(tmp_path, tiny):
+    tiny.model(tmp_path / "b" / "target-w4a16", tiny.config(), tiny.Quantized(form="symmetric"))
+    components = {"target": "target", "target-w4a16": "target-w4a16"}
+    bundle = tiny.bundle(tmp_path / "b", tiny.Quantized(form="minimum"), components=components)
+    assert verify_bundle(bundle) == []
+    assert Bundle.open(bundle).model("target-w4a16").quantization.groups[0].symmetric
+
+
 def test_an_incomplete_directory_gets_no_manifest(bundle):
     (bundle / MANIFEST).unlink()
     (bundle / "report.html").unlink()
@@ -165,3 +176,39 @@ def test_special_tokens_may_be_written_as_objects(bundle):
     (bundle / "chat_template.jinja").write_text("{{ bos_token }}|{{ eos_token }}")
     rehash(bundle)
     assert Bundle.open(bundle).chat_template().render([], add_generation_prompt=True) == "<s>|"
+
+
+DAMAGE = st.sampled_from([None, -1, 0, 1, 2**70, 1.5, float("nan"), "x", [], {}, True, [1], {"a": 1}])
+
+
+def damage(data: st.DataObject, value: Any) -> None:
+    """Replace or remove one value somewhere in a JSON object."""
+    while True:
+        key = data.draw(st.sampled_from(sorted(value) if isinstance(value, dict) else range(len(value))))
+        if isinstance(value[key], dict | list) and value[key] and data.draw(st.booleans()):
+            value = value[key]
+            continue
+        if data.draw(st.booleans()):
+            value[key] = data.draw(DAMAGE)
+        else:
+            del value[key]
+        return
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory, tiny):
+    return tiny.bundle(tmp_path_factory.mktemp("damaged") / "b")
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "target/config.json"])
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_whatever_stands_in_the_json_files_the_answer_is_a_list_of_problems(damaged, name, data):
+    original = (damaged / name).read_text()
+    content = json.loads(original)
+    damage(data, content)
+    try:
+        (damaged / name).write_text(json.dumps(content))
+        assert all(isinstance(problem, str) for problem in verify_bundle(damaged))
+    finally:
+        (damaged / name).write_text(original)
