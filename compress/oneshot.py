@@ -43,7 +43,7 @@ class CountingGPTQ(GPTQModifier):
             except torch.linalg.LinAlgError:
                 # The library falls back when H has no factor, but not when only its inverse has none. Under an
                 # identity nothing is passed on from column to column, which is rounding to nearest.
-                self._hessians[module] = torch.eye(module.weight.shape[1], device=module.weight.device)
+                self._hessians[module] = torch.eye(module.get_parameter("weight").shape[1])
                 self._num_samples[module] = num_samples
                 super().compress_module_list([module])
                 self._rtn_fallback_module_names.append(self._module_names[module])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -98,22 +99,41 @@ def _format(value: object) -> str:
 
 
 def _quality_table(manifest: Manifest) -> Table:
-    columns = list(dict.fromkeys(key for row in manifest.quality for key in row))
-    table = Table(title="Quality", title_justify="left")
-    for column in columns:
-        is_number = all(isinstance(row.get(column), int | float | None) for row in manifest.quality)
-        table.add_column(column, justify="right" if is_number else "left")
+    """A row per method; measures of one kind of text ("prose/kl", …) share a column."""
+    columns: dict[str, list[str]] = {}
+    for key in dict.fromkeys(key for row in manifest.quality for key in row):
+        columns.setdefault(key.split("/")[0], []).append(key)
+    measures = next(([key.split("/")[1] for key in keys] for keys in columns.values() if "/" in keys[0]), [])
+    table = Table(title=f"Quality ({' / '.join(measures)})", title_justify="left")
+    for column, keys in columns.items():
+        is_text = any(isinstance(row.get(keys[0]), str) for row in manifest.quality)
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
     for row in manifest.quality:
-        table.add_row(*(_format(row.get(column)) for column in columns))
+        table.add_row(*(" / ".join(_format(row.get(key)) for key in keys) for keys in columns.values()))
     return table
 
 
-def _flatten(prefix: str, value: object) -> list[tuple[str, str]]:
-    """Nested provenance as dotted keys."""
-    if isinstance(value, dict) and value:
-        return [pair for key, item in value.items() for pair in _flatten(f"{prefix}.{key}" if prefix else key, item)]
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else _format(value)
-    return [(prefix, text)]
+def _settings(value: object) -> str:
+    """A JSON value on one line: `method=gptq bits=4 …`, without what is not set."""
+    if isinstance(value, dict):
+        pairs = (
+            (key, f"({_settings(item)})" if isinstance(item, dict) else _settings(item)) for key, item in value.items()
+        )
+        return " ".join(f"{key}={item}" for key, item in pairs if item not in ("", "()"))
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | bool) else _format(value)
+
+
+def _provenance_facts(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """One line a fact; of a stage only its configuration."""
+    facts = []
+    for key, value in provenance.items():
+        if key == "stages" and isinstance(value, dict):
+            facts += [(f"stage {name}", _settings(stage.get("config", {}))) for name, stage in value.items()]
+        elif isinstance(value, dict):
+            facts += [(f"{key}: {name}", _settings(item)) for name, item in value.items()]
+        else:
+            facts.append((key, _settings(value)))
+    return [(name, text) for name, text in facts if text]
 
 
 def _facts(title: str, facts: list[tuple[str, str]]) -> Table:
@@ -126,10 +146,15 @@ def _facts(title: str, facts: list[tuple[str, str]]) -> Table:
 
 
 @app.command()
-def inspect(bundle: BundlePath) -> None:
+def inspect(
+    bundle: BundlePath,
+    as_json: Annotated[bool, typer.Option("--json", help="The manifest as it is.")] = False,
+) -> None:
     """Show what a bundle holds: models, precision, sizes, quality, licence, provenance."""
-    opened = Bundle.open(bundle)
-    manifest = opened.manifest
+    manifest = Bundle.open(bundle).manifest
+    if as_json:
+        typer.echo((bundle / "manifest.json").read_text(encoding="utf-8"), nl=False)
+        return
     total = sum(record.num_bytes for record in manifest.files.values())
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
     facts = [("licence", manifest.licence), ("files", f"{len(manifest.files)}, {total / 1e6:.1f} MB")]
@@ -148,7 +173,7 @@ def inspect(bundle: BundlePath) -> None:
     if manifest.quality:
         console.print(_quality_table(manifest))
     if manifest.provenance:
-        console.print(_facts("Provenance", _flatten("", dict(manifest.provenance))))
+        console.print(_facts("Provenance", _provenance_facts(manifest.provenance)))
 
 
 @app.command()

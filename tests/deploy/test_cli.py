@@ -57,7 +57,7 @@ def test_stats_go_to_stderr(capsys, bundle):
 def test_inspect_shows_what_the_bundle_holds(capsys, bundle):
     code, out, _ = call(capsys, "inspect", bundle)
     assert code == 0
-    for text in ("tiny", "llama", "4-bit, groups of 32", "apache-2.0", "prose", "12.5", "source.kind", "128 tokens"):
+    for text in ("tiny", "llama", "4-bit, groups of 32", "apache-2.0", "prose", "12.5", "source: kind", "128 tokens"):
         assert text in out
 
 
