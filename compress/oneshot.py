@@ -5,13 +5,16 @@ scales are rounded to bfloat16 *before* the codes are chosen, so that the file h
 layers whose Hessian cannot be inverted are an error or a counted fallback, by policy.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
+from compressed_tensors.quantization.lifecycle import apply
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.core import State, reset_session
@@ -37,7 +40,9 @@ class CountingGPTQ(GPTQModifier):
 
     def compress_module_list(self, module_list: list[torch.nn.Module]) -> None:
         for module in module_list:
+            observer: Any = module.weight_observer
             num_samples = self._num_samples[module].clone()
+            extremes = observer.min_vals, observer.max_vals
             try:
                 super().compress_module_list([module])
             except torch.linalg.LinAlgError:
@@ -45,6 +50,7 @@ class CountingGPTQ(GPTQModifier):
                 # identity nothing is passed on from column to column, which is rounding to nearest.
                 self._hessians[module] = torch.eye(module.get_parameter("weight").shape[1])
                 self._num_samples[module] = num_samples
+                observer.min_vals, observer.max_vals = extremes
                 super().compress_module_list([module])
                 self._rtn_fallback_module_names.append(self._module_names[module])
             _on_layers(1)
@@ -123,8 +129,9 @@ def _run(
     global _on_layers
     _fallen_back.clear()
     _on_layers = on_layers or (lambda _num_layers: None)
-    library_logger.disable("llmcompressor")
-    library_logger.disable("compressed_tensors")
+    for package in ("llmcompressor", "compressed_tensors"):
+        library_logger.disable(package)
+    logging.getLogger("torch.fx").setLevel(logging.ERROR)
     reset_session()
     arguments: dict[str, Any] = {}
     if samples is not None:
@@ -137,7 +144,9 @@ def _run(
             "batch_size": 1,
         }
     try:
-        oneshot(model=model, recipe=[modifier], **arguments)
+        # Its bar is shown even where TQDM_DISABLE asks for none; ours says more.
+        with patch.object(apply, "tqdm", lambda items, **_bar: items):
+            oneshot(model=model, recipe=[modifier], **arguments)
     finally:
         reset_session()
     return list(_fallen_back)

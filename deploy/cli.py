@@ -18,7 +18,8 @@ from rich.table import Table
 
 from deploy.formats.bundle import Bundle, Manifest, verify_bundle
 from deploy.runtime.sampling import SamplingParams
-from deploy.runtime.session import Generation, GenerationOptions, Session
+from deploy.runtime.generation import Generation, GenerationOptions
+from deploy.runtime.session import Session
 
 app = typer.Typer(
     add_completion=False,

@@ -42,7 +42,7 @@ class Stage:
     """One step of the pipeline.
 
     name: the kind of step; artifacts lie under it and config changes are reported with it.
-    instance: unique in a graph; equals `name`, or `name[which]` where a step occurs more than once.
+    instance: unique in a graph; equals `name`, or `name-which` where a step occurs more than once.
     version: raise it when the code's output changes.
     config: plain JSON values: what enters the digest. No paths.
     build: fills `context.out`. Import heavy modules inside (see `lazy`), so that a reused stage stays cheap.
@@ -72,7 +72,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Selection:
-    """What the command line asks for: names of stages or of instances.
+    """What the command line asks for: names of instances; a step's name where no instance is called so, for all of it.
 
     stage: only these, and whatever of their inputs is not there yet. Empty: all.
     from_stage: rebuild this one and everything that depends on it.
@@ -150,9 +150,10 @@ def make_plan(stages: Iterable[Stage], selection: Selection) -> Plan:
 def _named(stages: Sequence[Stage], key: str, names: Sequence[str]) -> list[Stage]:
     found = []
     for name in names:
-        matching = [stage for stage in stages if name in (stage.name, stage.instance)]
+        exact = [stage for stage in stages if stage.instance == name]
+        matching = exact or [stage for stage in stages if stage.name == name]
         if not matching:
-            valid = dict.fromkeys([stage.name for stage in stages] + [stage.instance for stage in stages])
+            valid = dict.fromkeys(stage.instance for stage in stages)
             raise ValueError(f"{key}={name}: no such stage; choose from {', '.join(valid)}")
         found += matching
     return found

@@ -7,6 +7,7 @@ turn, and what follows a user turn leads into the answer (Magpie, arXiv 2406.084
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jinja2
 import torch
 from transformers import PreTrainedModel
 
@@ -32,7 +33,10 @@ class ChatFrame:
         """render: messages → prompt with the generation header; end_tokens: the texts that may close a turn."""
         start, after = render([{"role": "user", "content": MARKER}]).split(MARKER)
         messages = [{"role": "system", "content": MARKER}, {"role": "user", "content": MARKER}]
-        header = render(messages).split(MARKER)[1]
+        try:
+            header = render(messages).split(MARKER)[1]
+        except jinja2.TemplateError:  # some templates refuse a system message; they write none of their own either
+            return cls(system="", before=start, after=after)
         for end in end_tokens:
             header = header.removeprefix(end)
         header = header.lstrip("\n")
@@ -75,8 +79,14 @@ def write_conversations(
     """Token ids of `budget.num_samples` conversations of one user turn and one answer each.
 
     on_step: called with 1 after each decoding step of the whole batch (at most prompt_tokens + response_tokens).
-    Raises ValueError when too few user turns end, which means that the chat template does not fit the model.
+    Raises ValueError when too few user turns end, which means that the chat template does not fit the model, and when
+    the template has nothing to begin a user turn with.
     """
+    if not frame.before:
+        raise ValueError(
+            "the target's chat template has no user header (a base model?), so that it cannot write conversations; set"
+            " calibrate.chat.num_samples=0 calibrate.chat.num_heldout=0"
+        )
     generator = torch.Generator().manual_seed(seed)
     num_wanted = round(budget.num_samples / (1 - budget.drop_share) + 0.5)
     num_begun = round(num_wanted * UNFINISHED_ALLOWANCE) + UNFINISHED_EXTRA

@@ -122,19 +122,20 @@ def windows(
 
 def _json_lines(path: Path, content: str) -> list[Document]:
     documents = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"calibrate.text.path={path}, line {number}: not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"calibrate.text.path={path}, line {number}: not JSON ({error})") from error
         text = _text_of(record)
         if text is None:
             raise ValueError(
                 f'calibrate.text.path={path}, line {number}: needs a "text" or "prompt" string or a list of "turns"'
             )
-        documents.append(Document(f"{path.name}/{number}", text))
+        if text.strip():
+            documents.append(Document(f"{path.name}/{number}", text))
     return documents
 
 

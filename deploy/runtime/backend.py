@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deploy.formats.architectures import ModelShape
+from deploy.runtime.sampling import SamplingParams
 
 SEQUENCE_END = -1
 
@@ -36,6 +37,14 @@ class Forward:
     taps: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ForwardTokens:
+    """tokens: the id chosen after each row asked for. taps: layer → float32 [rows, hidden]."""
+
+    tokens: list[int]
+    taps: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
+
+
 class Backend(Protocol):
     """A model that can be run. A row's result never depends on the other rows of a call (docs/numerics.md)."""
 
@@ -52,12 +61,33 @@ class Backend(Protocol):
         """
         ...
 
+    def forward_tokens(
+        self,
+        rows: Sequence[Row],
+        sampling: SamplingParams | Sequence[SamplingParams],
+        taps: Sequence[int] = (),
+        *,
+        token_rows: Sequence[int] | None = None,
+        sample_index: int | Sequence[int] = 0,
+    ) -> ForwardTokens:
+        """Like `forward`, but choose the token that follows each of `token_rows` (default: all).
+
+        The path that a repetition penalty looks at is the row's own: its sequence's cache, its ancestors, itself.
+        sampling, sample_index: one for all, or one for each of `token_rows`. Raises ValueError, besides what
+        `forward` raises, when logits are not finite.
+        """
+        ...
+
     def keep(self, sequence: int, path: Sequence[int]) -> None:
         """Append rows of the last forward, given by index along one path, to the sequence's cache; drop its others."""
         ...
 
     def length(self, sequence: int) -> int:
         """Tokens in the sequence's cache."""
+        ...
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget the sequence's tokens from position `length` on. Raises ValueError when it has fewer."""
         ...
 
     def reset(self, sequence: int) -> None:
@@ -85,3 +115,22 @@ def check_rows(rows: Sequence[Row], shape: ModelShape, lengths: dict[int, int]) 
             raise ValueError(f"rows[{index}].position={row.position}, but what it follows ends at {expected}")
         if row.position >= shape.context_length:
             raise ValueError(f"rows[{index}].position={row.position} exceeds the context of {shape.context_length}")
+
+
+def per_row(
+    count: int, sampling: SamplingParams | Sequence[SamplingParams], sample_index: int | Sequence[int]
+) -> tuple[list[SamplingParams], list[int]]:
+    """One entry of each for every row asked for. Raises ValueError when there are more or fewer."""
+    params = [sampling] * count if isinstance(sampling, SamplingParams) else list(sampling)
+    indices = [sample_index] * count if isinstance(sample_index, int) else list(sample_index)
+    if len(params) != count or len(indices) != count:
+        raise ValueError(
+            f"{count} rows need as many entries of sampling and sample_index, got {len(params)} and {len(indices)}"
+        )
+    return params, indices
+
+
+def check_truncation(length: int, cached: int) -> None:
+    """Raise ValueError unless 0 ≤ length ≤ cached."""
+    if not 0 <= length <= cached:
+        raise ValueError(f"truncate to {length} tokens: the sequence has {cached}")

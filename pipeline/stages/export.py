@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,28 @@ def build(context: BuildContext) -> None:
     context.tracker.summary(context.stage, {key: value for key, value in figures.items() if isinstance(value, float)})
 
 
+def check(bundles: Path, name: str) -> None:
+    """Raises ValueError when the bundle could not be linked as `bundles/<name>` in the end."""
+    if Path(name).name != name:
+        raise ValueError(f"name={name} is not a plain file name; the bundle is linked as {bundles}/<name>")
+    try:
+        bundles.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=bundles):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"bundles={bundles}: not writable ({error.strerror}); set bundles= to a writable directory"
+        ) from error
+    if (bundles / name).exists() and not (bundles / name).is_symlink():
+        raise ValueError(
+            f"bundles={bundles}: {bundles / name} exists and is not a link of ours; move it or choose another name"
+        )
+
+
 def publish(bundles: Path, name: str, artifact: Path, manifest: Manifest) -> list[str]:
     """Links `bundles/<name>` to the artifact's bundle, atomically; returns what to print last."""
-    bundles.mkdir(parents=True, exist_ok=True)
+    check(bundles, name)
     link, temporary = bundles / name, bundles / f".{name}.{os.getpid()}"
-    if link.exists() and not link.is_symlink():
-        raise ValueError(f"bundles={bundles}: {link} exists and is not a link of ours; move it or choose another name")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(os.path.relpath((artifact / "bundle").resolve(), bundles.resolve()))
     temporary.replace(link)
@@ -73,13 +90,13 @@ def quality_rows(context: BuildContext) -> list[QualityRow]:
     """The source, the bundle's own method, then the others in the order of the configuration."""
     precision = _read_json(context.inputs["target"] / "source.json")["precision"]
     rows: list[QualityRow] = []
-    for role in [role for role in context.inputs if role.split("[")[0] == "quality"]:
+    for role in [role for role in context.inputs if role.split("-")[0] == "quality"]:
         measured = _read_json(context.inputs[role] / "quality.json")
         model_role = role.replace("quality", "quantize", 1)
         stats = _read_json(context.inputs[model_role] / "stats.json")
         if not rows:
             rows.append(QualityRow("source", precision["bits_per_weight"], 0, measured["source"]))
-        label = f"{stats['method']} (this bundle)" if role == "quality" else role[len("quality[") : -1]
+        label = f"{stats['method']} (this bundle)" if role == "quality" else role.removeprefix("quality-")
         num_fallbacks = sum(len(layers) for layers in stats["fallbacks"].values())
         rows.append(QualityRow(label, stats["bits_per_weight"], num_fallbacks, measured["model"]))
     return rows

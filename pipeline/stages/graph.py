@@ -74,6 +74,11 @@ def _quantize(
     is_calibrated = config["method"] == "gptq"
 
     def check(checked: dict[str, Any]) -> None:
+        if checked["method"] == "keep" and source.kind != "gguf":
+            raise ValueError(
+                f"quantize=keep takes a GGUF file's own grid, and target.path={source.origin} is none;"
+                " use quantize=gptq"
+            )
         quantize.check(checked, lambda: lazy("compress.target.inspect:read_shape")(source))
         quantize.check_calibration(checked, calibrate_config)
 
@@ -93,7 +98,8 @@ def _export(plain: dict[str, Any], target: Stage, qualities: dict[str, Stage]) -
     inputs = {"target": target, "calibrate": next(iter(qualities.values())).inputs["calibrate"]}
     inputs |= {_role("quantize", name): stage for name, stage in quantized.items()}
     inputs |= {_role("quality", name): stage for name, stage in qualities.items()}
-    config = {"name": plain["name"], "methods": {_role("quantize", name): s.config for name, s in quantized.items()}}
+    bundles, name = Path(plain["bundles"]), plain["name"]
+    config = {"name": name, "methods": {_role("quantize", name): s.config for name, s in quantized.items()}}
     return Stage(
         name="export",
         instance="export",
@@ -102,7 +108,8 @@ def _export(plain: dict[str, Any], target: Stage, qualities: dict[str, Stage]) -
         build=lazy("pipeline.stages.export:build"),
         inputs=inputs,
         packages=("matplotlib",),
-        publish=partial(export.publish, Path(plain["bundles"]), plain["name"]),
+        check=lambda _config: export.check(bundles, name),
+        publish=partial(export.publish, bundles, name),
     )
 
 
@@ -130,7 +137,7 @@ def _stage(
 
 
 def _role(kind: str, name: str) -> str:
-    return f"{kind}[{name}]" if name else kind
+    return f"{kind}-{name}" if name else kind
 
 
 def _variants(plain: dict[str, Any], source: Source) -> dict[str, dict[str, Any]]:

@@ -27,6 +27,15 @@ def check(config: dict[str, Any], read_shape: Callable[[], ModelShape]) -> None:
         raise ValueError(f"quantize.bits={config['bits']} is not supported; use 4 or 8")
     if config.get("dampening", 1) <= 0:
         raise ValueError(f"quantize.dampening={config['dampening']} must be above 0; 0.01 is usual")
+    if config["method"] == "rtn" and config["observer"] == "imatrix_mse":
+        raise ValueError(
+            "quantize.observer=imatrix_mse weighs by calibrated inputs, of which rtn has none; use minmax or mse (for"
+            " the comparison beside another method: quality.variants.rtn.observer=mse)"
+        )
+    if config.get("num_samples") is not None and config["num_samples"] < 1:
+        raise ValueError(f"quantize.num_samples={config['num_samples']} must be 1 or more; null takes all")
+    if config["method"] == "q4_0":
+        check_group_size(read_shape(), 32)
     if "group_size" in config:
         if config["group_size"] not in (32, 64, 128):
             raise ValueError(f"quantize.group_size={config['group_size']} is not supported; use 32, 64 or 128")

@@ -11,11 +11,11 @@ HEAVY = {"torch", "transformers", "llmcompressor", "datasets", "wandb", "matplot
 
 
 class DemoFinder:
-    """Finds `pipeline.stages` in demo_stages.py."""
+    """Finds `pipeline.stages.graph` in demo_stages.py."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> object:
-        if name != "pipeline.stages":
+        if name != "pipeline.stages.graph":
             return None
         return importlib.util.spec_from_file_location(name, Path(__file__).with_name("demo_stages.py"))
 

@@ -53,7 +53,7 @@ class Bench:
             parts = [context.config["text"], *((path / "out.txt").read_text() for path in context.inputs.values())]
             (context.out / "out.txt").write_text(instance + "(" + " ".join(parts) + ")")
 
-        defaults: dict[str, Any] = {"name": instance.partition("[")[0], "version": 1, "config": {"text": text}}
+        defaults: dict[str, Any] = {"name": instance.partition("-")[0], "version": 1, "config": {"text": text}}
         sources = {source.name: source for source in inputs}
         return Stage(**{**defaults, "instance": instance, "build": build, "inputs": sources, **fields})
 

@@ -1,4 +1,4 @@
-"""Stands in for `pipeline.stages` in test_cli.py. What goes wrong is chosen by the variable DEMO_FAULT."""
+"""Stands in for `pipeline.stages.graph` in test_cli.py. What goes wrong is chosen by the variable DEMO_FAULT."""
 
 from __future__ import annotations
 

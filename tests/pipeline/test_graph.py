@@ -38,9 +38,9 @@ def test_force_forces_the_named_ones_only(bench: Any) -> None:
 
 
 def test_a_name_stands_for_all_its_instances_and_an_instance_for_itself(bench: Any) -> None:
-    stages = [bench.stage("quantize[rtn]"), bench.stage("quantize[gptq]")]
-    assert plan_of(stages, force=("quantize",))[1] == {"quantize[rtn]", "quantize[gptq]"}
-    assert plan_of(stages, stage=("quantize[gptq]",))[0] == ["quantize[gptq]"]
+    stages = [bench.stage("quantize-rtn"), bench.stage("quantize-gptq")]
+    assert plan_of(stages, force=("quantize",))[1] == {"quantize-rtn", "quantize-gptq"}
+    assert plan_of(stages, stage=("quantize-gptq",))[0] == ["quantize-gptq"]
 
 
 @pytest.mark.parametrize("selection", [{"stage": ("nope",)}, {"force": ("nope",)}, {"from_stage": "nope"}])
@@ -65,3 +65,8 @@ def test_a_lazy_callable_imports_when_called() -> None:
     missing = lazy("no_such_module:build")
     with pytest.raises(ModuleNotFoundError):
         missing(None)
+
+
+def test_a_name_that_is_an_instance_stands_for_that_one_alone(bench):
+    stages = [bench.stage("quantize"), bench.stage("quantize-rtn")]
+    assert plan_of(stages, force=("quantize",))[1] == {"quantize"}

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deploy.formats.architectures import ModelShape
-from deploy.runtime.backend import SEQUENCE_END, Row
+from deploy.runtime.backend import SEQUENCE_END, Row, check_truncation
 
 
 class SequenceCache:
@@ -18,8 +18,26 @@ class SequenceCache:
         size = (shape.num_layers, 0, shape.num_kv_heads, shape.head_dim)
         self.keys: npt.NDArray[np.float16] = np.zeros(size, dtype=np.float16)
         self.values: npt.NDArray[np.float16] = np.zeros(size, dtype=np.float16)
-        self.length = 0
+        self.tokens: list[int] = []
         self.paths: dict[int, list[int]] = {}  # row index in the call → slots of its path, itself included
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    def path_tokens(self, index: int, rows: Sequence[Row]) -> list[int]:
+        """Tokens of the path of row `index` of the last call: what is kept, its ancestors, itself."""
+        ancestors = []
+        while index != SEQUENCE_END:
+            ancestors.append(rows[index].token)
+            index = rows[index].parent
+        return [*self.tokens, *reversed(ancestors)]
+
+    def truncate(self, length: int) -> None:
+        """Forget everything from position `length` on, provisional rows included."""
+        check_truncation(length, self.length)
+        del self.tokens[length:]
+        self.paths = {}
 
     def begin(self, rows: Sequence[Row], sequence: int) -> None:
         """Drop provisional rows and lay out those of a new call."""
@@ -50,5 +68,5 @@ class SequenceCache:
         end = self.length + len(slots)
         self.keys[:, self.length : end] = self.keys[:, slots]
         self.values[:, self.length : end] = self.values[:, slots]
-        self.length = end
+        self.tokens += [rows[index].token for index in path]
         self.paths = {}

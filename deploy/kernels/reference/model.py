@@ -18,7 +18,8 @@ from deploy.kernels.reference.cache import SequenceCache
 from deploy.kernels.reference.fp32 import LANES, Float32, lane_dot, round_half, silu32
 from deploy.kernels.reference.linear import GROUP, FloatLinear, Int8Linear, Linear, quantize_groups
 from deploy.kernels.rope import rope_tables
-from deploy.runtime.backend import Forward, Row, check_rows
+from deploy.runtime.backend import Forward, ForwardTokens, Row, check_rows, check_truncation, per_row
+from deploy.runtime.sampling import SamplingParams, sample
 
 # float32 rounds nothing; it exists to compare with other implementations.
 Activations = Literal["int8", "bf16", "float32"]
@@ -134,6 +135,29 @@ class ReferenceBackend:
             self._caches[sequence].keep(path, self._rows)
         elif path:
             raise ValueError(f"keep: sequence {sequence} had no rows in the last call")
+
+    def truncate(self, sequence: int, length: int) -> None:
+        check_truncation(length, self.length(sequence))
+        if sequence in self._caches:
+            self._caches[sequence].truncate(length)
+
+    def forward_tokens(
+        self,
+        rows: Sequence[Row],
+        sampling: SamplingParams | Sequence[SamplingParams],
+        taps: Sequence[int] = (),
+        *,
+        token_rows: Sequence[int] | None = None,
+        sample_index: int | Sequence[int] = 0,
+    ) -> ForwardTokens:
+        wanted = list(range(len(rows))) if token_rows is None else list(token_rows)
+        params, indices = per_row(len(wanted), sampling, sample_index)
+        computed = self.forward(rows, taps, logit_rows=wanted)
+        tokens = []
+        for logits, row, how, index in zip(computed.logits, wanted, params, indices, strict=True):
+            path = self._caches[rows[row].sequence].path_tokens(row, rows)
+            tokens.append(sample(logits, how, position=rows[row].position + 1, path=path, sample_index=index))
+        return ForwardTokens(tokens, computed.taps)
 
     def forward(
         self, rows: Sequence[Row], taps: Sequence[int] = (), *, logit_rows: Sequence[int] | None = None

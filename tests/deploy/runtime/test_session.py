@@ -5,8 +5,9 @@ from deploy.formats.bundle import Bundle
 from deploy.formats.errors import BundleError
 from deploy.kernels.reference.model import ReferenceBackend
 from deploy.runtime.backend import Row
+from deploy.runtime.generation import GenerationOptions, Request
 from deploy.runtime.sampling import SamplingParams, sample
-from deploy.runtime.session import GenerationOptions, Session
+from deploy.runtime.session import Session
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +116,48 @@ def test_a_tokenizer_that_does_not_load_is_refused_by_file(tmp_path, tiny):
     broken = Bundle(directory, Bundle.open(tiny.bundle(tmp_path / "c")).manifest)
     with pytest.raises(BundleError, match=r"tokenizer\.json: does not load"):
         Session.open(broken)
+
+
+def test_many_requests_in_flight_give_what_each_gives_alone(session):
+    texts = ["Once", "The end of it", "x" * 70, "7", "Ümlaut", "and so on and on"]
+    requests = [
+        Request(
+            session.encode_raw(text), GenerationOptions(6 + index, SamplingParams(temperature=index / 2, seed=index))
+        )
+        for index, text in enumerate(texts)
+    ]
+    found = dict(session.generate_many(requests, num_sequences=3))
+    assert sorted(found) == list(range(len(texts)))
+    for index, request in enumerate(requests):
+        alone = session.generate(request.prompt, request.options)
+        assert (found[index].token_ids, found[index].text) == (alone.token_ids, alone.text)
+
+
+def test_a_second_turn_reads_only_what_is_new(session):
+    first = [{"role": "user", "content": "Hello"}]
+    prompt = session.encode_chat(first)
+    answer = session.generate(prompt, options(8, temperature=1.0, seed=2))
+    longer = [*prompt, *answer.token_ids, *session.encode_raw(" and then?")]
+    again = session.generate(longer, options(8, temperature=1.0, seed=2))
+    assert again.num_cached_tokens == len(prompt) + len(answer.token_ids) - 1
+    session.generate(session.encode_raw("in between"), options(2))
+    assert session.generate(longer, options(8, temperature=1.0, seed=2)).token_ids == again.token_ids
+
+
+def test_a_prompt_that_is_wholly_cached_gives_the_same_answer(session):
+    prompt = session.encode_raw("Once upon a time")
+    first = session.generate(prompt, options(10))
+    assert session.generate(prompt[:3], options(10)).num_cached_tokens == 2
+    assert session.generate(prompt, options(10)).token_ids == first.token_ids
+
+
+def test_a_listener_that_fails_leaves_the_session_usable(session):
+    prompt = session.encode_raw("Once upon a time")
+    expected = session.generate(prompt, options(12)).token_ids
+
+    def fail(_piece):
+        raise RuntimeError("gone")
+
+    with pytest.raises(RuntimeError, match="gone"):
+        session.generate(session.encode_raw("Another"), options(12), fail)
+    assert session.generate(prompt, options(12)).token_ids == expected

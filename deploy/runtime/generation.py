@@ -1,0 +1,180 @@
+"""The decoding loop: any number of requests in flight, one forward for all of them, text out as it becomes certain."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tokenizers import Tokenizer
+
+from deploy.runtime.backend import SEQUENCE_END, Backend, Row
+from deploy.runtime.sampling import SamplingParams
+from deploy.runtime.text import IncrementalDecoder, StopFilter
+
+FinishReason = Literal["eos", "stop", "length"]
+ROWS_PER_CALL = 512
+"""Prompts are read in parts of this many rows, beside the rows of the requests that are being answered."""
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """max_tokens: at most this many new tokens. stop: texts that end the answer and are not part of it."""
+
+    max_tokens: int = 256
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+    sample_index: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens} is out of range; use 1 or more")
+        StopFilter(self.stop)  # refuses empty stop strings
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer. token_ids include the one that ended it; seconds are wall time of the two phases.
+
+    num_cached_tokens: how many of the prompt's tokens an earlier turn had left in the cache.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt (token ids) and how to continue it. on_text: called with each piece of text once it is certain."""
+
+    prompt: Sequence[int]
+    options: GenerationOptions
+    on_text: Callable[[str], None] | None = None
+
+
+class _Writer:
+    """Tokens in, text out: to `pieces` and to the listener."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], listener: Callable[[str], None] | None) -> None:
+        self._decoder, self._filter, self._listener = IncrementalDecoder(tokenizer), StopFilter(stop), listener
+        self.pieces: list[str] = []
+
+    def _show(self, piece: str) -> None:
+        if piece:
+            self.pieces.append(piece)
+            if self._listener is not None:
+                self._listener(piece)
+
+    def write(self, token: int) -> bool:
+        """Whether a stop string ends the text here."""
+        self._show(self._filter.push(self._decoder.push(token)))
+        return self._filter.is_stopped
+
+    def finish(self) -> bool:
+        """Show what is held back; whether a stop string appeared in it."""
+        self._show(self._filter.push(self._decoder.flush()))
+        if not self._filter.is_stopped:
+            self._show(self._filter.flush())
+        return self._filter.is_stopped
+
+
+class Stream:
+    """One request in flight: its sequence, its tokens so far, and how many of them the cache holds."""
+
+    def __init__(self, request: Request, sequence: int, tokenizer: Tokenizer, num_cached: int) -> None:
+        self.request, self.sequence = request, sequence
+        self.path = list(request.prompt)
+        self.num_kept = self.num_reused = num_cached
+        self.finish_reason: FinishReason | None = None
+        self._writer = _Writer(tokenizer, request.options.stop, request.on_text)
+        self._start, self._prefilled = time.perf_counter(), 0.0
+
+    def rows(self, begin: int, budget: int) -> list[Row]:
+        """At most `budget` rows that come next; `begin`: the index in the call of the first one."""
+        end = min(len(self.path), self.num_kept + budget)
+        return [
+            Row(self.path[p], p, self.sequence, begin + i - 1 if i else SEQUENCE_END)
+            for i, p in enumerate(range(self.num_kept, end))
+        ]
+
+    def accept(self, token: int, eos: frozenset[int]) -> None:
+        """The token that follows the path; decides whether the answer ends with it."""
+        if not self._prefilled:
+            self._prefilled = time.perf_counter()
+        self.path.append(token)
+        num_new = len(self.path) - len(self.request.prompt)
+        if token in eos:
+            self.finish_reason = "eos"
+        elif self._writer.write(token):
+            self.finish_reason = "stop"
+        elif num_new == self.request.options.max_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason not in (None, "stop") and self._writer.finish():
+            self.finish_reason = "stop"
+
+    def result(self) -> Generation:
+        """The finished answer."""
+        assert self.finish_reason is not None
+        return Generation(
+            text="".join(self._writer.pieces),
+            token_ids=tuple(self.path[len(self.request.prompt) :]),
+            finish_reason=self.finish_reason,
+            num_prompt_tokens=len(self.request.prompt),
+            num_cached_tokens=self.num_reused,
+            prefill_seconds=self._prefilled - self._start,
+            decode_seconds=time.perf_counter() - self._prefilled,
+        )
+
+
+def step(backend: Backend, streams: Sequence[Stream], eos: frozenset[int]) -> None:
+    """One forward for all `streams` (none finished): each gets its next token, or a further part of its prompt read."""
+    rows: list[Row] = []
+    parts: list[tuple[Stream, range]] = []
+    for stream in streams:
+        begin = len(rows)
+        rows += stream.rows(begin, max(ROWS_PER_CALL - begin, 1))
+        parts.append((stream, range(begin, len(rows))))
+    complete = [(stream, part) for stream, part in parts if stream.num_kept + len(part) == len(stream.path)]
+    chosen = backend.forward_tokens(
+        rows,
+        [stream.request.options.sampling for stream, _ in complete],
+        token_rows=[part[-1] for _, part in complete],
+        sample_index=[stream.request.options.sample_index for stream, _ in complete],
+    )
+    for stream, part in parts:
+        backend.keep(stream.sequence, part)
+        stream.num_kept += len(part)
+    for (stream, _), token in zip(complete, chosen.tokens, strict=True):
+        stream.accept(token, eos)
+
+
+def run_requests(
+    backend: Backend,
+    tokenizer: Tokenizer,
+    requests: Iterable[Request],
+    sequences: Sequence[int],
+    eos: frozenset[int],
+) -> Iterator[tuple[int, Generation]]:
+    """Answers the requests, as many at a time as there are free `sequences`; yields (index, answer) as they end.
+
+    An answer does not depend on which others are in flight: a row's result is its own (docs/numerics.md).
+    """
+    waiting = deque(enumerate(requests))
+    free, active = deque(sequences), dict[int, Stream]()
+    while waiting or active:
+        while waiting and free:
+            index, request = waiting.popleft()
+            active[index] = Stream(request, free.popleft(), tokenizer, num_cached=0)
+        step(backend, list(active.values()), eos)
+        for index in [index for index, stream in active.items() if stream.finish_reason]:
+            stream = active.pop(index)
+            backend.reset(stream.sequence)
+            free.append(stream.sequence)
+            yield index, stream.result()

@@ -1,0 +1,120 @@
+"""Every file of the configuration tree composes, resolves, says why it is so and refuses what it does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.cli import config_directory
+from pipeline.schema import register
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
+CHOICES = [name.removesuffix(".yaml") for name in FILES if "/" in name and not name.startswith("hydra/")]
+NEEDED = {"target/gguf": ["target.name=x", "target.path=y"], "target/hf": ["target.name=x", "target.path=y"]}
+
+Compose = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def composed() -> Iterator[Compose]:
+    GlobalHydra.instance().clear()
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+
+        def resolved(*overrides: str) -> dict[str, Any]:
+            config = compose("config", list(overrides))
+            found: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)
+            assert isinstance(found, dict)
+            return found
+
+        yield resolved
+
+
+def override(choice: str) -> str:
+    return "=".join(choice.rsplit("/", 1))
+
+
+def test_this_is_the_tree_that_the_program_reads() -> None:
+    assert config_directory() == CONF
+    assert len(CHOICES) > 12
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_composes_with_no_value_missing(composed: Compose, choice: str) -> None:
+    config = composed(override(choice), *NEEDED.get(choice, []))
+    assert set(config) >= {"target", "calibrate", "quantize", "quality", "tracking"}
+
+
+@pytest.mark.parametrize("method", [c for c in CHOICES if c.startswith("quantize/")])
+@pytest.mark.parametrize("comparison", [c for c in CHOICES if c.startswith("quality/")])
+def test_every_method_composes_with_every_comparison(composed: Compose, method: str, comparison: str) -> None:
+    config = composed(override(method), override(comparison))
+    assert config["quantize"]["method"] == method.removeprefix("quantize/")
+    for variant in config["quality"]["variants"].values():
+        assert f"quantize/{variant['method']}" in CHOICES
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_begins_with_a_sentence_in_words(name: str) -> None:
+    lines = [line for line in (CONF / name).read_text().splitlines() if not line.startswith("# @package")]
+    assert lines[0].startswith("# ")
+    assert len(lines[0].split()) >= 4
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "quantise=gptq",
+        "quantize.group=64",
+        "quantize.group_size=many",
+        "quantize.observer=best",
+        "quantize=awq",
+        "calibrate.chat.number=3",
+        "calibrate.text.source=internet",
+        "target.kind=ollama",
+        "quality.variant={}",
+        "tracking.mode=sometimes",
+        "experiment=nothing",
+        "seed=many",
+    ],
+)
+def test_an_unknown_key_or_value_fails(composed: Compose, wrong: str) -> None:
+    with pytest.raises((HydraException, OmegaConfBaseException)):
+        composed(wrong)
+
+
+@pytest.mark.parametrize(
+    ("method", "foreign"),
+    [("rtn", "quantize.dampening=0.1"), ("keep", "quantize.bits=8"), ("q4_0", "quantize.group_size=64")],
+)
+def test_a_key_that_a_method_would_ignore_fails(composed: Compose, method: str, foreign: str) -> None:
+    with pytest.raises((HydraException, OmegaConfBaseException)):
+        composed(f"quantize={method}", foreign)
+
+
+def test_the_comparison_by_rounding_uses_the_methods_own_grid(composed: Compose) -> None:
+    config = composed("quantize.group_size=64", "quantize.symmetric=true", "quantize.bits=8")
+    variant = config["quality"]["variants"]["rtn"]
+    assert (variant["group_size"], variant["symmetric"], variant["bits"]) == (64, True, 8)
+
+
+def test_the_smoke_experiment_asks_for_less_of_everything(composed: Compose) -> None:
+    full, smoke = composed(), composed("experiment=smoke")
+    assert smoke["target"] == full["target"]
+    assert smoke["quantize"] == full["quantize"]
+    for group, key in (
+        ("chat", "num_samples"),
+        ("chat", "response_tokens"),
+        ("free", "num_samples"),
+        ("text", "num_samples"),
+    ):
+        assert 0 < smoke["calibrate"][group][key] < full["calibrate"][group][key]

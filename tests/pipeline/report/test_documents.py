@@ -1,0 +1,115 @@
+"""The model card and the HTML report: offline, escaped, deterministic, and honest about source and fallbacks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from pipeline.report.documents import Facts, html_report, model_card
+from pipeline.report.plots import bars_by_group
+from pipeline.report.quality_table import QualityRow
+
+VALUES = {"perplexity": 16.5, "kl": 0.03, "agreement": 0.9, "num_tokens": 4088}
+PRECISION = {"lossy": True, "bits_per_weight": 5.74}
+NASTY = "<script>alert('x')</script> & {{ 7 * 7 }}"
+
+
+def row(label: str, bits: float) -> QualityRow:
+    return QualityRow(label, bits, 0, {"prose": VALUES, "code": VALUES | {"kl": 0.01}})
+
+
+@pytest.fixture
+def facts() -> Facts:
+    return Facts(
+        name="tiny",
+        rows=[row("source", 5.74), row("gptq (this bundle)", 4.62), row("rtn", 4.62)],
+        source={
+            "origin": "pip package x",
+            "licence": "apache-2.0",
+            "precision": {"lossy": True, "bits_per_weight": 5.74},
+        },
+        stats={"bits_per_weight": 4.625, "fallbacks": {}, "float_minima": False},
+        method={"method": "gptq", "bits": 4},
+        samples={"prose, calibration": {"samples": 16, "tokens": 8192}},
+        examples=[{"group": "chat", "split": "heldout", "source": "self-written/3", "text": NASTY}],
+        provenance='{"seed": 0}',
+    )
+
+
+class Tags(HTMLParser):
+    """Collects tags and the addresses that they load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.loaded: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loaded += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "data")]
+
+
+def parse(html: str) -> Tags:
+    tags = Tags()
+    tags.feed(html)
+    return tags
+
+
+def test_the_report_loads_nothing_from_outside(facts: Facts) -> None:
+    html = html_report(facts)
+    assert all(address.startswith("#") for address in parse(html).loaded)
+    assert not re.search(r"@import|url\((?!#)", html)
+
+
+def test_the_report_has_two_plots_and_every_method(facts: Facts) -> None:
+    html = html_report(facts)
+    assert parse(html).tags.count("svg") == 2
+    for each in facts.rows:
+        assert html.count(each.label) >= 2  # in the table and in a legend
+    assert "8192" in html
+
+
+def test_what_a_model_wrote_is_shown_and_never_run(facts: Facts) -> None:
+    html = html_report(replace(facts, name=NASTY))
+    assert "script" not in parse(html).tags
+    assert "{{ 7 * 7 }}" in html
+
+
+def test_the_same_facts_give_the_same_bytes(facts: Facts) -> None:
+    assert html_report(facts) == html_report(facts)
+    assert bars_by_group(facts.rows, "kl") == bars_by_group(facts.rows, "kl")
+
+
+@pytest.mark.parametrize("is_lossy", [True, False])
+def test_a_source_that_was_quantized_already_is_called_so(facts: Facts, is_lossy: bool) -> None:
+    precision = {"lossy": is_lossy, "bits_per_weight": 5.74}
+    told = replace(facts, source={**facts.source, "precision": precision})
+    assert ("was quantized already (5.74 bits per weight)" in model_card(told)) == is_lossy
+    assert ("quantized already" in html_report(told)) == is_lossy
+
+
+def test_the_card_begins_with_the_hubs_front_matter(facts: Facts) -> None:
+    lines = model_card(facts).splitlines()
+    assert lines[0] == lines[4] == "---"
+    assert "license: apache-2.0" in lines
+    assert "| rtn | 4.62 |" in model_card(facts)
+
+
+@pytest.mark.parametrize("render", [model_card, html_report])
+def test_fallbacks_are_counted_by_policy(facts: Facts, render: Any) -> None:
+    assert "No layer fell back to another method." in render(facts)
+    policies = {"singular Hessian, rounded to nearest": ["a", "b"], "other": ["c"]}
+    told = render(replace(facts, stats={**facts.stats, "fallbacks": policies}))
+    assert "Fallbacks: 2 × singular Hessian, rounded to nearest; 1 × other." in told
+
+
+def test_the_card_says_who_can_load_the_weights(facts: Facts) -> None:
+    assert "loads in transformers and vLLM" in model_card(facts)
+    kept = replace(facts, stats={**facts.stats, "float_minima": True}, method={"method": "keep", "twin": False})
+    assert "transformers and vLLM refuse `target/`" in model_card(kept)
+    assert "target-w4a16" not in model_card(kept)
+    assert "They load `target-w4a16/`" in model_card(replace(kept, method={"method": "keep", "twin": True}))

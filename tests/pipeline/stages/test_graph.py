@@ -1,0 +1,228 @@
+"""The graph that a configuration becomes: which stages, from which inputs, and which keys a change reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from pipeline.cli import config_directory
+from pipeline.graph import Stage, order_stages
+from pipeline.manifest import Key
+from pipeline.schema import register
+from pipeline.stages.graph import build_graph
+
+Graph = Callable[..., dict[str, Stage]]
+METHODS = ("", "-rtn", "-keep", "-q4_0")
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Iterator[Graph]:
+    GlobalHydra.instance().clear()
+    register()
+    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+
+        def stages(*overrides: str) -> dict[str, Stage]:
+            bundles = f"bundles={tmp_path / 'bundles'}"
+            found = order_stages(build_graph(compose("config", [bundles, *overrides])))  # type: ignore[arg-type]
+            return {stage.instance: stage for stage in found}
+
+        yield stages
+
+
+@pytest.fixture
+def model_directory(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    return tmp_path / "model"
+
+
+def keys(stages: dict[str, Stage]) -> dict[str, str]:
+    """Digests as a run would compute them, had every stage's content the digest of its key."""
+    found: dict[str, str] = {}
+    for name, stage in stages.items():
+        inputs = {role: found[source.instance] for role, source in stage.inputs.items()}
+        key = Key(stage.name, stage.version, stage.config, stage.seed, inputs, {}, dict.fromkeys(stage.packages, "1"))
+        found[name] = key.digest
+    return found
+
+
+def changed(graph: Graph, *overrides: str) -> set[str]:
+    before, after = keys(graph()), keys(graph(*overrides))
+    return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+
+
+def test_the_default_has_one_quantize_and_one_quality_for_each_method(graph: Graph) -> None:
+    stages = graph()
+    expected = {"target", "calibrate", "export"}
+    expected |= {f"{kind}{which}" for kind in ("quantize", "quality") for which in METHODS}
+    assert set(stages) == expected
+    assert list(stages)[:2] == ["target", "calibrate"]
+    assert list(stages)[-1] == "export"
+
+
+def test_each_stage_reads_what_it_needs(graph: Graph) -> None:
+    stages = graph()
+    inputs = {name: {role: source.instance for role, source in stage.inputs.items()} for name, stage in stages.items()}
+    assert inputs["target"] == {}
+    assert inputs["calibrate"] == {"target": "target"}
+    assert inputs["quantize"] == {"target": "target", "calibrate": "calibrate"}
+    for which in METHODS[1:]:
+        assert inputs[f"quantize{which}"] == {"target": "target"}
+    for which in METHODS:
+        expected = {"target": "target", "calibrate": "calibrate", "quantize": f"quantize{which}"}
+        assert inputs[f"quality{which}"] == expected
+    assert inputs["export"] == {name: name for name in stages if name != "export"}
+
+
+def test_only_what_is_random_has_the_seed(graph: Graph) -> None:
+    assert [name for name, stage in graph("seed=5").items() if stage.seed == 5] == ["calibrate"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "left_out"),
+    [
+        (["quantize=rtn"], "rtn"),
+        (["quantize=rtn", "quantize.group_size=64"], "rtn"),
+        (["quantize=keep"], "keep"),
+        (["quantize=keep", "quantize.twin=true"], "keep"),
+        (["quantize=q4_0"], "q4_0"),
+    ],
+)
+def test_the_bundles_own_method_is_not_compared_with_itself(graph: Graph, overrides: list[str], left_out: str) -> None:
+    stages = graph(*overrides)
+    assert f"quantize-{left_out}" not in stages
+    assert f"quality-{left_out}" not in stages
+    assert len(stages) == 9
+
+
+def test_keep_is_left_out_where_there_is_no_file_with_a_grid(graph: Graph, model_directory: Path) -> None:
+    stages = graph("target=hf", "target.name=x", f"target.path={model_directory}")
+    assert {name for name in stages if name.startswith("quantize")} == {"quantize", "quantize-rtn", "quantize-q4_0"}
+
+
+def test_keep_as_the_bundles_method_is_refused_there(graph: Graph, model_directory: Path) -> None:
+    stage = graph("target=hf", "target.name=x", f"target.path={model_directory}", "quantize=keep")["quantize"]
+    assert stage.check is not None
+    with pytest.raises(ValueError, match=r"quantize=keep takes a GGUF file's own grid, and target\.path=.* is none"):
+        stage.check(stage.config)
+
+
+def test_another_group_size_reaches_its_methods_and_what_depends_on_them(graph: Graph) -> None:
+    expected = {"quantize", "quantize-rtn", "quality", "quality-rtn", "export"}
+    assert changed(graph, "quantize.group_size=64") == expected
+
+
+def test_more_conversations_reach_calibrated_methods_and_every_measurement(graph: Graph) -> None:
+    qualities = {f"quality{which}" for which in METHODS}
+    assert changed(graph, "calibrate.chat.num_samples=3") == {"calibrate", "quantize", "export", *qualities}
+
+
+def test_another_seed_reaches_what_is_calibrated_or_measured(graph: Graph) -> None:
+    qualities = {f"quality{which}" for which in METHODS}
+    assert changed(graph, "seed=1") == {"calibrate", "quantize", "export", *qualities}
+
+
+@pytest.mark.parametrize("override", ["store=/elsewhere", "threads=1", "tracking=offline", "force=[quantize]"])
+def test_what_changes_no_byte_reaches_no_key(graph: Graph, override: str) -> None:
+    assert changed(graph, override) == set()
+
+
+def test_another_name_reaches_export_alone(graph: Graph) -> None:
+    assert changed(graph, "name=other") == {"export"}
+
+
+def test_the_path_of_a_text_file_is_no_key_but_its_content_is(graph: Graph, tmp_path: Path) -> None:
+    found = []
+    for name, content in (("a.txt", "x"), ("b.txt", "x"), ("c.txt", "y")):
+        (tmp_path / name).write_text(content)
+        stage = graph("calibrate.text.source=file", f"calibrate.text.path={tmp_path / name}")["calibrate"]
+        assert stage.fingerprint is not None
+        found.append((stage.config, stage.fingerprint()))
+    assert found[0] == found[1]
+    assert found[0] != found[2]
+
+
+def test_a_targets_fingerprint_is_its_content(graph: Graph, model_directory: Path) -> None:
+    arguments = ("target=hf", "target.name=x", f"target.path={model_directory}")
+    first = graph(*arguments)["target"].fingerprint()  # type: ignore[misc]
+    (model_directory / "config.json").write_text("{ }")
+    assert graph(*arguments)["target"].fingerprint() != first  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("instance", "override", "message"),
+    [
+        ("quantize", "quantize.bits=3", r"quantize\.bits=3 is not supported; use 4 or 8"),
+        ("quantize", "quantize.group_size=48", r"quantize\.group_size=48 is not supported; use 32, 64 or 128"),
+        ("quantize", "quantize.dampening=0", r"quantize\.dampening=0.* must be above 0"),
+        ("quantize", "quantize.num_samples=0", r"quantize\.num_samples=0 must be 1 or more"),
+        (
+            "quantize",
+            "quantize.calibration=[chat,poems]",
+            r"calibrate makes no poems \(it makes: chat, free, prose, code",
+        ),
+        ("quantize-rtn", "quantize.observer=imatrix_mse", r"quantize\.observer=imatrix_mse .*use minmax or mse"),
+        ("calibrate", "calibrate.chat.num_samples=-1", r"calibrate\.chat\.num_samples=-1 must be 0 or more"),
+        ("calibrate", "calibrate.free.top_p=1.5", r"calibrate\.free\.top_p=1\.5 must be above 0 and at most 1"),
+        ("calibrate", "calibrate.chat.temperature=0", r"calibrate\.chat\.temperature=0.* must be above 0"),
+        ("calibrate", "calibrate.text.heldout_share=1", r"calibrate\.text\.heldout_share=1.* below 1"),
+        ("calibrate", "calibrate.sequence_length=8", r"calibrate\.sequence_length=8 is too short"),
+        ("calibrate", "calibrate.text.source=file", r"calibrate\.text\.source=file needs calibrate\.text\.path"),
+        ("calibrate", "calibrate.text.source=dataset", r"source=dataset needs calibrate\.text\.dataset"),
+        ("export", "name=a/b", r"name=a/b is not a plain file name"),
+        ("export", "bundles=/proc/nowhere", r"bundles=/proc/nowhere: not writable .*set bundles= to a writable"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused_by_the_stage_that_has_them(
+    graph: Graph, instance: str, override: str, message: str
+) -> None:
+    stage = graph(override)[instance]
+    assert stage.check is not None
+    with pytest.raises(ValueError, match=message):
+        stage.check(stage.config)
+
+
+def test_no_samples_to_calibrate_on_is_refused(graph: Graph) -> None:
+    budgets = [f"calibrate.{group}.num_samples=0" for group in ("chat", "free", "text")]
+    stage = graph(*budgets)["quantize"]
+    assert stage.check is not None
+    with pytest.raises(ValueError, match=r"calibrate makes no samples \(it makes: none\)"):
+        stage.check(stage.config)
+
+
+def test_nothing_held_out_is_refused(graph: Graph) -> None:
+    stage = graph("calibrate.chat.num_heldout=0", "calibrate.text.num_heldout=0")["calibrate"]
+    assert stage.check is not None
+    with pytest.raises(ValueError, match=r"num_heldout are both 0; quality needs one"):
+        stage.check(stage.config)
+
+
+def test_the_default_passes_every_check(graph: Graph) -> None:
+    for stage in graph().values():
+        if stage.check is not None:
+            stage.check(stage.config)
+
+
+def test_a_directory_in_the_place_of_the_bundles_link_is_refused(graph: Graph, tmp_path: Path) -> None:
+    (tmp_path / "bundles" / "mine").mkdir(parents=True)
+    stage = graph("name=mine")["export"]
+    assert stage.check is not None
+    with pytest.raises(ValueError, match=r"mine exists and is not a link of ours; move it or choose another name"):
+        stage.check(stage.config)
+
+
+def test_configs_of_stages_hold_no_paths(graph: Graph, tmp_path: Path) -> None:
+    def texts(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            for each in value.values():
+                yield from texts(each)
+        elif isinstance(value, str):
+            yield value
+
+    for stage in graph(f"store={tmp_path}").values():
+        assert not [text for text in texts(stage.config) if "/" in text], stage.instance
