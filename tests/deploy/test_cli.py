@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -130,3 +131,30 @@ def test_a_damaged_bundle_is_one_line_and_no_traceback(bundle):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "sha256" in done.stderr
+
+
+def talk(monkeypatch, capsys, bundle, text, *options):
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    return call(capsys, "chat", bundle, "-n", "4", *options)
+
+
+def test_a_chat_answers_every_line_until_quit(monkeypatch, capsys, bundle):
+    code, out, err = talk(monkeypatch, capsys, bundle, "Hi\n\nAgain\n/quit\nnever read\n", "--stats")
+    assert code == 0
+    assert len(out.splitlines()) >= 2
+    assert err.count("ended by") == 2
+    assert "of them cached" in err.splitlines()[1]
+
+
+def test_a_chat_that_starts_over_forgets_the_turns_before(monkeypatch, capsys, bundle):
+    _, out, _ = talk(monkeypatch, capsys, bundle, "Hi\nAgain\n/new\nHi\n")
+    _, once, _ = talk(monkeypatch, capsys, bundle, "Hi\n")
+    assert out.startswith(once)
+    assert out.endswith(once)
+
+
+def test_a_chat_turn_that_does_not_fit_is_taken_back(monkeypatch, capsys, bundle):
+    code, out, err = talk(monkeypatch, capsys, bundle, "x" * 200 + "\nHi\n")
+    _, once, _ = talk(monkeypatch, capsys, bundle, "Hi\n")
+    assert (code, out) == (0, once)
+    assert "context" in err

@@ -1,0 +1,65 @@
+"""`deploy chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from deploy.commands import options as o
+from deploy.commands.terminal import stats_line, write
+from deploy.formats.bundle import Bundle
+from deploy.runtime.generation import GenerationOptions
+from deploy.runtime.sampling import SamplingParams
+from deploy.runtime.session import Session
+
+PROMPT = "> "
+
+
+def chat(
+    bundle: o.BundlePath,
+    system: o.System = None,
+    max_tokens: o.MaxTokens = 512,
+    temperature: o.Temperature = 0.0,
+    top_p: o.TopP = 1.0,
+    top_k: o.TopK = 0,
+    min_p: o.MinP = 0.0,
+    repetition_penalty: o.RepetitionPenalty = 1.0,
+    seed: o.Seed = 0,
+    activations: o.Activations = "int8",
+    stats: o.Stats = False,
+) -> None:
+    """Talk with the bundle's target. A line is a turn; /new starts over, /quit or the end of input leaves."""
+    sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    options = GenerationOptions(max_tokens, sampling)
+    session = Session.open(Bundle.open(bundle), activations=activations)
+    opening = [{"role": "system", "content": system}] if system is not None else []
+    messages = list(opening)
+    while (line := _read_line()) not in (None, "/quit"):
+        if line == "/new":
+            messages = list(opening)
+        elif line:
+            messages.append({"role": "user", "content": line})
+            _answer(session, messages, options, has_stats=stats)
+
+
+def _answer(session: Session, messages: list[dict[str, str]], options: GenerationOptions, *, has_stats: bool) -> None:
+    """Answers the last message and appends the answer; a turn that does not fit the context is taken back."""
+    try:
+        result = session.generate(session.encode_chat(messages), options, write)
+    except ValueError as error:
+        messages.pop()
+        typer.echo(f"error: {error}", err=True)
+        return
+    write("\n")
+    messages.append({"role": "assistant", "content": result.text})
+    if has_stats:
+        typer.echo(stats_line(result), err=True)
+
+
+def _read_line() -> str | None:
+    """The next line without surrounding blanks; None at the end of input. The prompt appears only on a terminal."""
+    if sys.stdin.isatty():
+        write(PROMPT)
+    line = sys.stdin.readline()
+    return line.strip() if line else None

@@ -1,0 +1,21 @@
+"""Command line options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="the bundle's directory")]
+System = Annotated[str | None, typer.Option(help="the system message")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="at most this many new tokens")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token every time")]
+TopP = Annotated[float, typer.Option(help="likeliest tokens that reach this probability; 1 is all")]
+TopK = Annotated[int, typer.Option(help="this many likeliest tokens; 0 is all")]
+MinP = Annotated[float, typer.Option(help="tokens at least this likely relative to the likeliest")]
+RepetitionPenalty = Annotated[float, typer.Option(help="above 1 discourages tokens already in the text")]
+Seed = Annotated[int, typer.Option(help="same seed, same text")]
+Stop = Annotated[list[str] | None, typer.Option(help="text that ends the answer; may be repeated")]
+Stats = Annotated[bool, typer.Option("--stats", help="counts and times, on stderr")]
+Activations = Annotated[Literal["int8", "bf16"], typer.Option(help="what linear layers compute with")]
