@@ -21,15 +21,19 @@ class ChatFrame:
     """What a chat template writes around a user turn.
 
     system: what it puts first when no system message is given ("" for many); before: the user turn's header; after:
-    what leads from the user turn to the assistant's first token.
+    what leads from the user turn to the assistant's first token; first: the token that begins every text, where the
+    template writes one ahead of `system`.
     """
 
     system: str
     before: str
     after: str
+    first: str = ""
 
     @classmethod
-    def from_template(cls, render: Callable[[list[dict[str, str]]], str], end_tokens: list[str]) -> "ChatFrame":
+    def from_template(
+        cls, render: Callable[[list[dict[str, str]]], str], end_tokens: list[str], bos_token: str | None = None
+    ) -> "ChatFrame":
         """render: messages → prompt with the generation header; end_tokens: the texts that may close a turn."""
         start, after = render([{"role": "user", "content": MARKER}]).split(MARKER)
         messages = [{"role": "system", "content": MARKER}, {"role": "user", "content": MARKER}]
@@ -41,7 +45,10 @@ class ChatFrame:
             header = header.removeprefix(end)
         header = header.lstrip("\n")
         if header and start.endswith(header):
-            return cls(system=start.removesuffix(header), before=header, after=after)
+            system = start.removesuffix(header)
+            # Where turns begin with the bos token too (ChatML with <|im_start|> as bos), it is no separate first token.
+            first = bos_token if bos_token and system.startswith(bos_token) and not header.startswith(bos_token) else ""
+            return cls(system=system.removeprefix(first), before=header, after=after, first=first)
         return cls(system="", before=start, after=after)
 
 
@@ -90,7 +97,7 @@ def write_conversations(
     generator = torch.Generator().manual_seed(seed)
     num_wanted = round(budget.num_samples / (1 - budget.drop_share) + 0.5)
     num_begun = round(num_wanted * UNFINISHED_ALLOWANCE) + UNFINISHED_EXTRA
-    system = encode(frame.system) if frame.system else []
+    first, system = encode(frame.first) if frame.first else [], encode(frame.system) if frame.system else []
     header, bridge = encode(frame.before), encode(frame.after)
 
     def continued(prompts: list[list[int]], num_tokens: int) -> list[Continuation]:
@@ -98,7 +105,7 @@ def write_conversations(
             model, prompts, rule, num_tokens=num_tokens, generator=generator, on_step=lambda _num_rows: on_step(1)
         )
 
-    asked = continued([system + header] * num_begun, budget.prompt_tokens)
+    asked = continued([first + system + header] * num_begun, budget.prompt_tokens)
     complete = [i for i, turn in enumerate(asked) if turn.is_finished and len(turn.tokens) > 1]
     if len(complete) < budget.num_samples:
         raise ValueError(
@@ -106,7 +113,7 @@ def write_conversations(
             f"{budget.prompt_tokens}; raise it, or use calibrate=texts"
         )
     complete = complete[:num_wanted]
-    contexts = [system + header + _without_end(asked[i], rule.end_ids) + bridge for i in complete]
+    contexts = [first + system + header + _without_end(asked[i], rule.end_ids) + bridge for i in complete]
     answers = continued(contexts, budget.response_tokens)
     kept = drop_most_perplexing(
         [[asked[i], answer] for i, answer in zip(complete, answers, strict=True)],
@@ -114,7 +121,8 @@ def write_conversations(
         min_kept=budget.num_samples,
     )
     written = [contexts[index] + answers[index].tokens for index in kept][: budget.num_samples]
-    return [ids if _is_every(budget.system_share, i) else ids[len(system) :] for i, ids in enumerate(written)]
+    bare_from = len(first) + len(system)
+    return [ids if _is_every(budget.system_share, i) else first + ids[bare_from:] for i, ids in enumerate(written)]
 
 
 def _is_every(share: float, index: int) -> bool:

@@ -28,6 +28,11 @@ class Document:
     text: str
 
 
+def _named(origin: str, text: str) -> Document:
+    """A document named by its content: inserting others does not move it across the split, and copies stay together."""
+    return Document(f"{origin}/{hashlib.sha256(text.encode()).hexdigest()[:12]}", text)
+
+
 def python_documents() -> dict[str, list[Document]]:
     """Python's own texts: {"prose": topics of the language reference, "code": the standard library's modules}."""
     from pydoc_data.topics import topics
@@ -64,7 +69,7 @@ def dataset_documents(name: str, split: str, column: str) -> list[Document]:
         raise ValueError(f"calibrate.text.dataset={name} (split {split}) could not be loaded: {error}") from error
     if column not in rows.column_names:
         raise ValueError(f"calibrate.text.column={column} is not in {name}; columns: {', '.join(rows.column_names)}")
-    return [Document(f"{name}/{index}", text) for index, text in enumerate(rows[column]) if text.strip()]
+    return [_named(name, text) for text in rows[column] if text.strip()]
 
 
 def split_documents(
@@ -135,7 +140,7 @@ def _json_lines(path: Path, content: str) -> list[Document]:
                 f'calibrate.text.path={path}, line {number}: needs a "text" or "prompt" string or a list of "turns"'
             )
         if text.strip():
-            documents.append(Document(f"{path.name}/{number}", text))
+            documents.append(_named(path.name, text))
     return documents
 
 
@@ -163,4 +168,4 @@ def _sections(path: Path, content: str) -> list[Document]:
             current, size = [], 0
     if current:
         sections.append("\n\n".join(current))
-    return [Document(f"{path.name}/{index}", section) for index, section in enumerate(sections)]
+    return [_named(path.name, section) for section in sections]

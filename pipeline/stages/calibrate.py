@@ -131,6 +131,7 @@ def _conversations(context: BuildContext, model: Any, tokenizer: Any) -> list[An
     frame = ChatFrame.from_template(
         lambda messages: tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False),
         [tokenizer.decode([end]) for end in rule.end_ids],
+        tokenizer.bos_token,
     )
     steps = config["prompt_tokens"] + config["response_tokens"]
     with context.progress(steps, "conversations of the target with itself", "steps") as bar:

@@ -131,13 +131,19 @@ def _provenance(context: BuildContext, source: dict[str, Any]) -> dict[str, Any]
     stages = {}
     for role, manifest in context.manifests.items():
         stages[role] = {
-            "config": manifest.config,
+            "config": _in_order(manifest.config),
             "seed": manifest.seed,
             "version": manifest.version,
-            "packages": manifest.packages,
+            "packages": _in_order(manifest.packages),
             "content": manifest.content,
         }
-    return {"source": source, "source_files": context.manifests["target"].fingerprints, "stages": stages}
+    files = _in_order(context.manifests["target"].fingerprints)
+    return {"source": source, "source_files": files, "stages": stages}
+
+
+def _in_order(values: dict[str, Any]) -> Any:
+    """With sorted keys: a manifest that was read back has them sorted, one just built as the configuration has them."""
+    return json.loads(json.dumps(values, sort_keys=True))
 
 
 def _sample_counts(path: Path) -> dict[str, dict[str, int]]:

@@ -55,6 +55,11 @@ def check_calibration(config: dict[str, Any], calibrate: dict[str, Any]) -> None
             f"quantize.calibration={config['calibration']}: calibrate makes no {', '.join(missing) or 'samples'}"
             f" (it makes: {', '.join(made) or 'none'}); choose among these or raise calibrate's budgets"
         )
+    num_made = sum(calibrate[g if g in calibrate else "text"]["num_samples"] for g in config["calibration"] or made)
+    if (config["num_samples"] or 0) > num_made:
+        raise ValueError(
+            f"quantize.num_samples={config['num_samples']}: calibrate makes only {num_made}; raise its budgets"
+        )
 
 
 def build(source: Source, context: BuildContext) -> None:

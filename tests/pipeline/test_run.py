@@ -119,11 +119,11 @@ def test_all_checks_come_before_any_work(bench: Any) -> None:
 
 
 def test_two_instances_with_one_digest_are_built_once_even_when_forced(bench: Any) -> None:
-    stages = [bench.stage("quantize[a]", text="same"), bench.stage("quantize[b]", text="same")]
+    stages = [bench.stage("quantize-a", text="same"), bench.stage("quantize-b", text="same")]
     bench.run(stages)
-    assert bench.built == ["quantize[a]"]
+    assert bench.built == ["quantize-a"]
     bench.run(stages, force=("quantize",))
-    assert bench.built == ["quantize[a]"]
+    assert bench.built == ["quantize-a"]
 
 
 @pytest.mark.parametrize("is_resumable", [False, True])
@@ -212,11 +212,11 @@ def test_stages_report_to_the_tracker_whether_built_or_reused(bench: Any) -> Non
         context.tracker.log(context.stage, {"loss": 1.5}, 1)
         context.summary["perplexity"] = 18.0
 
-    bench.run([bench.stage("quantize[a]", build=build)])
-    bench.run([bench.stage("quantize[a]", build=build)])
+    bench.run([bench.stage("quantize-a", build=build)])
+    bench.run([bench.stage("quantize-a", build=build)])
     kinds = [call[0] for call in bench.tracker.calls]
     assert kinds == ["log", "summary", "artifact", "summary", "artifact"]
-    assert bench.tracker.calls[1] == bench.tracker.calls[3] == ("summary", "quantize[a]", {"perplexity": 18.0})
+    assert bench.tracker.calls[1] == bench.tracker.calls[3] == ("summary", "quantize-a", {"perplexity": 18.0})
 
 
 def test_a_run_closes_with_the_last_stages_lines_and_what_is_published(bench: Any) -> None:

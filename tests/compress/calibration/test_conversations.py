@@ -110,6 +110,13 @@ def test_the_frame_is_what_the_template_writes_around_a_user_turn(
     assert (frame.system, frame.before, frame.after) == expected
 
 
+def test_a_token_that_begins_every_text_is_no_part_of_the_system_prompt() -> None:
+    frame = ChatFrame.from_template(renderer(LLAMA31), ["<|eot_id|>"], "<|begin_of_text|>")
+    assert frame.first == "<|begin_of_text|>"
+    assert not frame.system.startswith(frame.first)
+    assert ChatFrame.from_template(renderer(CHATML), ["<|im_end|>"], "<|im_start|>").first == ""
+
+
 @pytest.mark.parametrize("source", [CHATML, PLAIN_CHATML, LLAMA3, LLAMA31, MISTRAL, MISTRAL_WITHOUT_SYSTEM])
 def test_the_frame_around_a_turn_is_the_templates_prompt(source: str) -> None:
     render = renderer(source)

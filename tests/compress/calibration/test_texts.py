@@ -114,11 +114,17 @@ def test_json_lines_may_hold_texts_prompts_or_turns(tmp_path: Path) -> None:
     path = tmp_path / "some.jsonl"
     records = [{"text": "one"}, {"prompt": "two", "id": 7}, {"turns": ["three", "four"]}]
     path.write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
-    assert file_documents(path) == [
-        Document("some.jsonl/1", "one"),
-        Document("some.jsonl/2", "two"),
-        Document("some.jsonl/3", "three\n\nfour"),
-    ]
+    assert [document.text for document in file_documents(path)] == ["one", "two", "three\n\nfour"]
+
+
+def test_a_line_inserted_into_a_file_renames_no_other_document(tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+    lines = [json.dumps({"text": text}) for text in ("one", "two", "one")]
+    path.write_text("\n".join(lines))
+    before = [document.name for document in file_documents(path)]
+    path.write_text("\n".join([json.dumps({"text": "zero"}), *lines]))
+    assert [document.name for document in file_documents(path)][1:] == before
+    assert before[0] == before[2] != before[1]
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\x0b", "\x1c"])
@@ -129,7 +135,7 @@ def test_only_a_newline_ends_a_line(tmp_path: Path, separator: str) -> None:
     if separator in "\x0b\x1c":  # bare control characters are not JSON; escaped ones are
         line = json.dumps({"text": text})
     path.write_text(line + "\n", encoding="utf-8")
-    assert file_documents(path) == [Document("some.jsonl/1", text)]
+    assert [document.text for document in file_documents(path)] == [text]
 
 
 @pytest.mark.parametrize(

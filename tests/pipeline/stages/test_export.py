@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from pipeline.stages.export import publish
+from pipeline.stages.export import _provenance, publish
 
 MANIFEST: Any = SimpleNamespace(summary={"table": ["method  bits", "source  5.74"]})
 
@@ -54,3 +55,17 @@ def test_the_user_sees_the_table_the_bundle_and_what_to_type_next(tmp_path: Path
     assert lines[1:3] == MANIFEST.summary["table"]
     assert f"bundle: {tmp_path / 'bundles' / 'mine'}" in lines
     assert any("python -m deploy generate" in line for line in lines)
+
+
+def test_provenance_reads_the_same_whether_a_stage_was_built_now_or_before() -> None:
+    config: dict[str, Any] = {"method": "rtn", "bits": 4, "chat": {"b": 1, "a": 2}}
+    backwards: dict[str, Any] = {"chat": {"a": 2, "b": 1}, "bits": 4, "method": "rtn"}
+    found = []
+    for each in (config, backwards):
+        packages = dict.fromkeys(each, "1")
+        manifest = SimpleNamespace(
+            config=each, seed=0, version=1, packages=packages, content="c", fingerprints=dict(packages)
+        )
+        context: Any = SimpleNamespace(manifests={"target": manifest, "quantize": manifest})
+        found.append(json.dumps(_provenance(context, {"origin": "x"})))
+    assert found[0] == found[1]
