@@ -111,8 +111,8 @@ def test_the_frame_is_what_the_template_writes_around_a_user_turn(
 
 
 def test_a_token_that_begins_every_text_is_no_part_of_the_system_prompt() -> None:
-    frame = ChatFrame.from_template(renderer(LLAMA31), ["<|eot_id|>"], "<|begin_of_text|>")
-    assert frame.first == "<|begin_of_text|>"
+    frame = ChatFrame.from_template(renderer(LLAMA31), ["<|eot_id|>"], "<s>")
+    assert frame.first == "<s>"
     assert not frame.system.startswith(frame.first)
     assert ChatFrame.from_template(renderer(CHATML), ["<|im_end|>"], "<|im_start|>").first == ""
 
