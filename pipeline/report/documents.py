@@ -46,7 +46,7 @@ def html_report(facts: Facts) -> str:
     return template.render(
         **_common(facts),
         table=cells(facts.rows),
-        kl_plot=Markup(bars_by_group(facts.rows[1:], "kl")),
+        kl_plot=Markup(bars_by_group(facts.rows, "kl", skip_first=True)),
         perplexity_plot=Markup(bars_by_group(facts.rows, "perplexity")),
         samples=facts.samples,
         examples=facts.examples,
@@ -61,7 +61,7 @@ def _common(facts: Facts) -> dict[str, Any]:
         "licence": facts.source["licence"],
         "lossy": facts.source["precision"]["lossy"],
         "source_bits": facts.source["precision"]["bits_per_weight"],
-        "method": facts.method,
+        "method": {key: value for key, value in facts.method.items() if value is not None},
         "fallbacks": {policy: len(layers) for policy, layers in facts.stats["fallbacks"].items()},
         "float_minima": facts.stats["float_minima"],
         "twin": bool(facts.method.get("twin")),

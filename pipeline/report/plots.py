@@ -10,8 +10,8 @@ from pipeline.report.quality_table import QualityRow
 TITLES = {"kl": "KL divergence from the unquantized target (nats, lower is better)", "perplexity": "Perplexity"}
 
 
-def bars_by_group(rows: Sequence[QualityRow], metric: str) -> str:
-    """An SVG element: for each kind of text one bar per row."""
+def bars_by_group(rows: Sequence[QualityRow], metric: str, *, skip_first: bool = False) -> str:
+    """An SVG element: for each kind of text one bar per row. A row keeps its colour when the first is skipped."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -19,15 +19,17 @@ def bars_by_group(rows: Sequence[QualityRow], metric: str) -> str:
 
     groups = list(rows[0].measured)
     with plt.rc_context({"svg.hashsalt": "understudy", "font.size": 9, "svg.fonttype": "none"}):
-        figure, axes = plt.subplots(figsize=(7.5, 2.8))
-        width = 0.8 / len(rows)
-        for index, row in enumerate(rows):
-            places = [place + (index - (len(rows) - 1) / 2) * width for place in range(len(groups))]
-            axes.bar(places, [row.measured[group][metric] for group in groups], width, label=row.label)
+        figure, axes = plt.subplots(figsize=(7.5, 3.0))
+        shown = list(enumerate(rows))[int(skip_first) :]
+        width = 0.8 / len(shown)
+        for place, (colour, row) in enumerate(shown):
+            places = [group + (place - (len(shown) - 1) / 2) * width for group in range(len(groups))]
+            values = [row.measured[group][metric] for group in groups]
+            axes.bar(places, values, width, label=row.label, color=plt.colormaps["tab20"](colour % 20))
         axes.set_xticks(range(len(groups)), groups)
         axes.set_title(TITLES[metric], fontsize=9, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=min(len(shown), 5))
         figure.tight_layout()
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})

@@ -15,7 +15,7 @@ from pipeline.schema import Config
 from pipeline.stages import calibrate, export, quantize
 
 TORCH = ("torch", "transformers")
-VERSIONS = {"target": 1, "calibrate": 1, "quantize": 1, "quality": 1, "export": 1}
+VERSIONS = {"target": 1, "calibrate": 1, "quantize": 1, "quality": 1, "export": 2}
 """Raised when a stage's code gives other bytes."""
 
 
