@@ -45,7 +45,7 @@ format: $(STAMP)  ## let ruff rewrite what it can
 
 install: $(STAMP)  ## set up .venv and stop
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml CMakeLists.txt $(wildcard deploy/kernels/cpu/src/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(BIN)/python -m pip install $(PIP_TORCH_ARGS) "$(TORCH)"

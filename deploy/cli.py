@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from deploy.commands.bench import bench
 from deploy.commands.chat import chat
 from deploy.commands.generate import generate
 from deploy.commands.inspect import inspect
@@ -23,7 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Run and examine bundles.",
 )
-for command in (generate, chat, inspect, verify):
+for command in (generate, chat, bench, inspect, verify):
     app.command()(command)
 
 

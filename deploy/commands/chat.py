@@ -26,13 +26,14 @@ def chat(
     min_p: o.MinP = 0.0,
     repetition_penalty: o.RepetitionPenalty = 1.0,
     seed: o.Seed = 0,
-    activations: o.Activations = "int8",
+    backend: o.Backend = "cpu",
+    threads: o.Threads = None,
     stats: o.Stats = False,
 ) -> None:
     """Talk with the bundle's target. A line is a turn; /new starts over, /quit or the end of input leaves."""
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     options = GenerationOptions(max_tokens, sampling)
-    session = Session.open(Bundle.open(bundle), activations=activations)
+    session = Session.open(Bundle.open(bundle), backend=backend, threads=threads)
     opening = [{"role": "system", "content": system}] if system is not None else []
     messages = list(opening)
     while (line := _read_line()) not in (None, "/quit"):

@@ -28,7 +28,8 @@ def generate(
     repetition_penalty: o.RepetitionPenalty = 1.0,
     seed: o.Seed = 0,
     stop: o.Stop = None,
-    activations: o.Activations = "int8",
+    backend: o.Backend = "cpu",
+    threads: o.Threads = None,
     stats: o.Stats = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of streamed text")] = False,
 ) -> None:
@@ -37,7 +38,7 @@ def generate(
         raise ValueError("--system needs the chat template; leave out --raw or --system")
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     options = GenerationOptions(max_tokens, sampling, tuple(stop or ()))
-    session = Session.open(Bundle.open(bundle), activations=activations)
+    session = Session.open(Bundle.open(bundle), backend=backend, threads=threads)
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
     tokens = session.encode_raw(prompt) if raw else session.encode_chat(messages)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from deploy.runtime.backends import BackendName
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="the bundle's directory")]
 System = Annotated[str | None, typer.Option(help="the system message")]
@@ -18,4 +20,5 @@ RepetitionPenalty = Annotated[float, typer.Option(help="above 1 discourages toke
 Seed = Annotated[int, typer.Option(help="same seed, same text")]
 Stop = Annotated[list[str] | None, typer.Option(help="text that ends the answer; may be repeated")]
 Stats = Annotated[bool, typer.Option("--stats", help="counts and times, on stderr")]
-Activations = Annotated[Literal["int8", "bf16"], typer.Option(help="what linear layers compute with")]
+Backend = Annotated[BackendName, typer.Option(help="what computes; the references are slow and define the numbers")]
+Threads = Annotated[int | None, typer.Option(help="default: what the process may use")]

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 from deploy.formats.bundle import Bundle
 from deploy.formats.chat import ChatTemplate
 from deploy.formats.errors import BundleError
-from deploy.kernels.reference.model import Activations, ReferenceBackend
 from deploy.runtime.backend import Backend
+from deploy.runtime.backends import BackendName, open_backend
 from deploy.runtime.generation import Generation, GenerationOptions, Request, Stream, run_requests, step
 
 CHAT_SEQUENCE = 0
@@ -37,7 +37,7 @@ class Session:
         self._cached: list[int] = []  # the tokens that CHAT_SEQUENCE's cache holds
 
     @classmethod
-    def open(cls, bundle: Bundle, *, activations: Activations = "int8") -> Session:
+    def open(cls, bundle: Bundle, *, backend: BackendName = "cpu", threads: int | None = None) -> Session:
         """Load the bundle's target. Raises ValueError naming file and reason when something does not fit."""
         directory = bundle.model("target")
         tokenizer = open_tokenizer(bundle)
@@ -46,8 +46,8 @@ class Session:
                 f"{bundle.path / 'tokenizer.json'}: has {tokenizer.get_vocab_size()} tokens, "
                 f"the target's vocabulary {directory.shape.vocab_size}"
             )
-        backend = ReferenceBackend(directory, activations=activations)
-        return cls(backend, tokenizer, bundle.chat_template(), directory.eos_token_ids)
+        opened = open_backend(backend, directory, threads=threads)
+        return cls(opened, tokenizer, bundle.chat_template(), directory.eos_token_ids)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Tokens of a conversation up to where the answer begins."""

@@ -49,7 +49,7 @@ def test_the_system_message_is_in_the_prompt(capsys, bundle):
 
 
 def test_stats_go_to_stderr(capsys, bundle):
-    code, out, err = call(capsys, "generate", bundle, "-p", "Hi", "-n", "4", "--stats", "--activations", "bf16")
+    code, out, err = call(capsys, "generate", bundle, "-p", "Hi", "-n", "4", "--stats", "--backend", "reference-bf16")
     assert code == 0
     assert "tokens/s" in err
     assert "tokens/s" not in out
@@ -91,7 +91,7 @@ def test_verify_names_every_problem_and_exits_with_1(capsys, bundle):
         (["generate", "{bundle}", "-p", "x", "-n", "500"], "exceeds the model's context of 128"),
         (["generate", "{bundle}", "-p", "x", "--temperature", "-1"], "temperature=-1.0"),
         (["generate", "{bundle}", "-p", "x", "--top-p", "0"], "top_p=0.0"),
-        (["generate", "{bundle}", "-p", "x", "--activations", "fp4"], "fp4"),
+        (["generate", "{bundle}", "-p", "x", "--backend", "gpu9"], "gpu9"),
         (["generate", "{bundle}", "-p", "x", "--stop", ""], "stop=''"),
         (["generate", "{bundle}", "-p", "", "--raw"], "no tokens"),
         (["generate", "{bundle}", "-p", "x", "--raw", "--system", "y"], "--system"),

@@ -17,7 +17,7 @@ def bundle(tmp_path_factory, tiny):
 
 @pytest.fixture(scope="module")
 def session(bundle):
-    return Session.open(bundle)
+    return Session.open(bundle, backend="reference-int8")
 
 
 def options(max_tokens=20, stop=(), **sampling):

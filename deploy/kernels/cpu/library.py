@@ -1,0 +1,310 @@
+"""Loads the native library and wraps what it offers in a few small classes. numpy and ctypes only.
+
+The instruction set is the best one that this machine has, or the one that UNDERSTUDY_ISA names. Results are the same
+bits with every one of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from deploy.kernels.cpu.threads import choose_threads
+
+ISA_VARIABLE = "UNDERSTUDY_ISA"
+ISAS = ("avx512vnni", "avxvnni", "avx2", "scalar")  # best first
+_LIBRARY = "libunderstudy_cpu.so"
+_ABI_VERSION = 2
+_NUMBER_TYPES = {"F32": 0, "F16": 1, "BF16": 2}
+
+Float32 = npt.NDArray[np.float32]
+
+
+class Weights(Structure):
+    """`us_weights` of the header."""
+
+    _fields_ = (
+        ("outputs", c_int64),
+        ("inputs", c_int64),
+        ("codes", c_void_p),
+        ("scale", c_void_p),
+        ("minimum", c_void_p),
+        ("bias", c_void_p),
+        ("row_ids", c_void_p),
+        ("bits", c_int32),
+        ("group_size", c_int32),
+        ("scale_type", c_int32),
+        ("is_plain", c_int32),
+        ("has_float_minimum", c_int32),
+    )
+
+
+class Shape(Structure):
+    """`us_shape` of the header."""
+
+    _fields_ = (
+        ("num_layers", c_int32),
+        ("hidden_size", c_int32),
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("intermediate_size", c_int32),
+        ("vocab_size", c_int32),
+        ("has_qk_norm", c_int32),
+        ("rms_norm_eps", c_float),
+    )
+
+
+class Sampling(Structure):
+    """`us_sampling` of the header."""
+
+    _fields_ = (
+        ("temperature", c_double),
+        ("top_p", c_double),
+        ("min_p", c_double),
+        ("repetition_penalty", c_double),
+        ("top_k", c_int64),
+        ("seed", c_uint64),
+        ("sample_index", c_uint64),
+    )
+
+
+class Call(Structure):
+    """`us_call` of the header."""
+
+    _fields_ = (
+        ("num_rows", c_int64),
+        ("tokens", c_void_p),
+        ("positions", c_void_p),
+        ("parents", c_void_p),
+        ("sequences", c_void_p),
+        ("num_taps", c_int64),
+        ("tap_layers", c_void_p),
+        ("taps", c_void_p),
+        ("num_head_rows", c_int64),
+        ("head_rows", c_void_p),
+        ("logits", c_void_p),
+        ("sampling", c_void_p),
+        ("chosen", c_void_p),
+    )
+
+
+_W, _HANDLE = POINTER(Weights), c_void_p
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "us_abi_version": (c_int, ()),
+    "us_error": (c_char_p, ()),
+    "us_isa_is_supported": (c_int, (c_char_p,)),
+    "us_runtime_create": (_HANDLE, (c_char_p, c_int32)),
+    "us_runtime_destroy": (None, (_HANDLE,)),
+    "us_matrix_create": (_HANDLE, (_HANDLE, _W)),
+    "us_matrix_destroy": (None, (_HANDLE,)),
+    "us_matrix_bytes": (c_int64, (_HANDLE,)),
+    "us_matrix_multiply": (c_int, (_HANDLE, c_void_p, c_int64, c_void_p, c_int64)),
+    "us_exp": (c_int, (_HANDLE, c_void_p, c_int64, c_void_p)),
+    "us_to_half": (c_int, (_HANDLE, c_void_p, c_int64, c_void_p)),
+    "us_sample": (
+        c_int64,
+        (_HANDLE, c_void_p, c_int64, POINTER(Sampling), c_void_p, c_int64, c_int64, c_void_p),
+    ),
+    "us_measure_read": (c_double, (_HANDLE, c_int64, c_int64)),
+    "us_measure_dot": (c_double, (_HANDLE, c_int64)),
+    "us_model_create": (_HANDLE, (_HANDLE, POINTER(Shape))),
+    "us_model_destroy": (None, (_HANDLE,)),
+    "us_model_set_linear": (c_int, (_HANDLE, c_int32, c_int32, _W)),
+    "us_model_set_norm": (c_int, (_HANDLE, c_int32, c_int32, c_void_p, c_int64)),
+    "us_model_set_head": (c_int, (_HANDLE, _W)),
+    "us_model_set_embedding_int8": (c_int, (_HANDLE, _W)),
+    "us_model_set_embedding": (c_int, (_HANDLE, c_void_p, c_int32)),
+    "us_model_finish": (c_int, (_HANDLE,)),
+    "us_model_add_rope": (c_int, (_HANDLE, c_void_p, c_void_p, c_int64)),
+    "us_model_weight_bytes": (c_int64, (_HANDLE,)),
+    "us_model_cache_bytes": (c_int64, (_HANDLE,)),
+    "us_model_forward": (c_int, (_HANDLE, POINTER(Call))),
+    "us_model_keep": (c_int, (_HANDLE, c_int64, c_void_p, c_int64)),
+    "us_model_truncate": (c_int, (_HANDLE, c_int64, c_int64)),
+    "us_model_length": (c_int64, (_HANDLE, c_int64)),
+    "us_model_reset": (None, (_HANDLE, c_int64)),
+}
+
+
+def library_path() -> Path:
+    """Where the build puts the library: beside this file."""
+    return Path(__file__).parent / _LIBRARY
+
+
+@functools.cache
+def native() -> ctypes.CDLL:
+    """The loaded library with its signatures declared. Raises RuntimeError saying how to build it when missing."""
+    path = library_path()
+    if not path.exists():
+        raise RuntimeError(f"{path} is missing; install the package again: `make install` or `pip install -e .`")
+    library = ctypes.CDLL(str(path))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    if library.us_abi_version() != _ABI_VERSION:
+        raise RuntimeError(f"{path} was built from another version of the source; install the package again")
+    return library
+
+
+def pointer(array: npt.NDArray[Any] | None) -> int | None:
+    """Address of a C-contiguous array's data, or None. The caller keeps the array alive."""
+    if array is None:
+        return None
+    assert array.flags.c_contiguous
+    return array.ctypes.data
+
+
+def supported_isas() -> tuple[str, ...]:
+    """Instruction sets that this machine can run, best first."""
+    return tuple(isa for isa in ISAS if native().us_isa_is_supported(isa.encode()))
+
+
+def choose_isa() -> str:
+    """The instruction set that UNDERSTUDY_ISA names, or the best one. Raises ValueError naming the choices."""
+    available = supported_isas()
+    named = os.environ.get(ISA_VARIABLE)
+    if not named:
+        return available[0]
+    if named not in ISAS:
+        raise ValueError(f"{ISA_VARIABLE}={named!r} is unknown; use {', '.join(ISAS)}")
+    if named not in available:
+        raise ValueError(f"{ISA_VARIABLE}={named!r} is not supported by this machine; use {', '.join(available)}")
+    return named
+
+
+def native_error() -> str:
+    """Why the last native call of this thread failed."""
+    return str(native().us_error().decode("utf-8", "replace"))
+
+
+def require(status: int) -> None:
+    """Raise RuntimeError with the native message unless `status` is 0."""
+    if status:
+        raise RuntimeError(native_error())
+
+
+class Runtime:
+    """A pool of threads and the kernels of one instruction set. Models made with it keep it alive."""
+
+    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
+        self.threads, self.isa = choose_threads(threads), isa or choose_isa()
+        self.handle = native().us_runtime_create(self.isa.encode(), self.threads)
+        if not self.handle:
+            raise RuntimeError(native_error())
+        self._process = os.getpid()
+        logging.getLogger(__name__).info("native kernels: %s on %d threads", self.isa, self.threads)
+
+    def __del__(self) -> None:
+        # A forked child has this object but not its threads, so it cannot wait for them.
+        if getattr(self, "handle", None) and os.getpid() == self._process:
+            native().us_runtime_destroy(self.handle)
+
+    def exp(self, x: Float32) -> Float32:
+        """exp of docs/numerics.md for each element."""
+        x = np.ascontiguousarray(x, dtype=np.float32)
+        y = np.empty_like(x)
+        require(native().us_exp(self.handle, pointer(x), x.size, pointer(y)))
+        return y
+
+    def to_half(self, x: Float32) -> npt.NDArray[np.float16]:
+        """float16 of each element, ties to even; a multiple of 16 of them."""
+        x = np.ascontiguousarray(x, dtype=np.float32)
+        y = np.empty(x.shape, dtype=np.float16)
+        require(native().us_to_half(self.handle, pointer(x), x.size, pointer(y)))
+        return y
+
+    def read_bandwidth(self, num_bytes: int, repeats: int) -> float:
+        """Bytes per second that all threads read together from a buffer of `num_bytes`."""
+        return float(native().us_measure_read(self.handle, num_bytes, repeats))
+
+    def dot_throughput(self, repeats: int) -> float:
+        """Integer multiply-adds per second of all threads together, from the first cache."""
+        return float(native().us_measure_dot(self.handle, repeats))
+
+
+_shared: dict[tuple[str, int], Runtime] = {}
+
+
+def shared_runtime(threads: int | None = None) -> Runtime:
+    """One runtime per instruction set and number of threads: models of a process take turns on its pool."""
+    key = (choose_isa(), choose_threads(threads))
+    if key not in _shared:
+        _shared[key] = Runtime(key[1], key[0])
+    return _shared[key]
+
+
+@dataclass(frozen=True)
+class SourceWeights:
+    """A weight as its file holds it: arrays of the file's own types, kept alive while a native call reads them.
+
+    codes: packed words int32 [rows, in·bits/32], or the plain matrix. scale: [rows, groups]. minimum: packed zero
+    points int32 [⌈rows·bits/32⌉, groups], float minima like scale, or None. dtype: "F32", "F16" or "BF16" of scale and
+    float minimum, or of the plain matrix. row_ids: int64, the rows to take, or None for all.
+    """
+
+    shape: tuple[int, int]
+    codes: npt.NDArray[Any]
+    dtype: str
+    scale: npt.NDArray[Any] | None = None
+    minimum: npt.NDArray[Any] | None = None
+    bits: int = 8
+    group_size: int = 32
+    has_float_minimum: bool = False
+    bias: Float32 | None = None
+    row_ids: npt.NDArray[np.int64] | None = None
+
+    def native(self) -> Weights:
+        return Weights(
+            outputs=self.shape[0] if self.row_ids is None else len(self.row_ids),
+            inputs=self.shape[1],
+            codes=pointer(self.codes),
+            scale=pointer(self.scale),
+            minimum=pointer(self.minimum),
+            bias=pointer(self.bias),
+            row_ids=pointer(self.row_ids),
+            bits=self.bits,
+            group_size=self.group_size,
+            scale_type=_NUMBER_TYPES[self.dtype],
+            is_plain=self.scale is None,
+            has_float_minimum=self.has_float_minimum,
+        )
+
+
+class Matrix:
+    """A packed matrix that can be multiplied by itself, for tests and measurements."""
+
+    def __init__(self, runtime: Runtime, source: SourceWeights) -> None:
+        self._runtime = runtime
+        weights = source.native()
+        self.shape = int(weights.outputs), int(weights.inputs)
+        self._handle = native().us_matrix_create(runtime.handle, ctypes.byref(weights))
+        if not self._handle:
+            raise ValueError(native_error())
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            native().us_matrix_destroy(self._handle)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the packed form."""
+        return int(native().us_matrix_bytes(self._handle))
+
+    def multiply(self, x: Float32, repeats: int = 1) -> Float32:
+        """x [rows, in] → [rows, out]; `repeats` times over, to measure it."""
+        x = np.ascontiguousarray(x, dtype=np.float32)
+        if x.ndim != 2 or x.shape[1] != self.shape[1]:
+            raise ValueError(f"x is {list(x.shape)}, expected [rows, {self.shape[1]}]")
+        y = np.empty((x.shape[0], self.shape[0]), dtype=np.float32)
+        require(native().us_matrix_multiply(self._handle, pointer(x), x.shape[0], pointer(y), repeats))
+        return y

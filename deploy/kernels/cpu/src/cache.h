@@ -1,0 +1,69 @@
+// Keys and values per sequence: kept tokens in position order, then the provisional rows of the last call.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "buffer.h"
+
+namespace understudy {
+
+// One sequence. Its memory grows by blocks of 64 tokens, which never move. In a block every layer and key/value head
+// has its 64 keys [64][head_dim] and then its 64 values, in fp16.
+class Sequence {
+ public:
+  static constexpr int32_t kBlockTokens = 64;
+
+  Sequence(int32_t num_layers, int32_t num_kv_heads, int32_t head_dim)
+      : num_layers_(num_layers), num_kv_heads_(num_kv_heads), head_dim_(head_dim) {}
+
+  int32_t length() const { return length_; }
+  const std::vector<int32_t>& tokens() const { return tokens_; }
+  size_t bytes() const { return blocks_.size() * block_halves() * sizeof(uint16_t); }
+
+  uint16_t* key(int32_t layer, int32_t head, int32_t slot) {
+    const size_t part = static_cast<size_t>(layer * num_kv_heads_ + head) * 2 * kBlockTokens;
+    return blocks_[static_cast<size_t>(slot / kBlockTokens)].data() +
+           (part + static_cast<size_t>(slot % kBlockTokens)) * static_cast<size_t>(head_dim_);
+  }
+  // A slot's value lies this many halves behind its key.
+  size_t value_offset() const { return static_cast<size_t>(kBlockTokens) * static_cast<size_t>(head_dim_); }
+
+  void reserve(int32_t slots) {
+    while (static_cast<int32_t>(blocks_.size()) * kBlockTokens < slots)
+      blocks_.emplace_back(block_halves());
+  }
+
+  void truncate(int32_t length) {
+    length_ = length;
+    tokens_.resize(static_cast<size_t>(length));
+  }
+
+  // Appends the rows in `slots` (ascending, provisional) with their tokens.
+  void keep(const std::vector<int32_t>& slots, const std::vector<int32_t>& tokens);
+
+ private:
+  size_t block_halves() const {
+    return static_cast<size_t>(num_layers_ * num_kv_heads_) * 2 * kBlockTokens * static_cast<size_t>(head_dim_);
+  }
+  void move(int32_t from, int32_t to);
+
+  int32_t num_layers_, num_kv_heads_, head_dim_;
+  int32_t length_ = 0;
+  std::vector<int32_t> tokens_;
+  std::vector<Buffer<uint16_t>> blocks_;
+};
+
+// A row of a call: where its path lies. Positions below `identity` are in the slot of their own number; those from
+// `identity` on are in the slots that `tail` lists.
+struct RowPath {
+  Sequence* sequence = nullptr;
+  int32_t position = 0, slot = 0, identity = 0;
+  std::vector<int32_t> tail;
+
+  int32_t slot_at(int32_t p) const { return p < identity ? p : tail[static_cast<size_t>(p - identity)]; }
+};
+
+}  // namespace understudy

@@ -1,0 +1,100 @@
+// The forward pass as a program of phases over a chunk of at most kMaxRows rows.
+#pragma once
+
+#include <vector>
+
+#include "model.h"
+#include "sampling.h"
+
+namespace understudy {
+
+class Forward : public Program {
+ public:
+  explicit Forward(Model& model);
+
+  void run_call(const us_call& call);
+  void run(const Phase& phase, int32_t item, int32_t thread) override;
+
+ private:
+  enum Kind : int32_t {
+    kTap,
+    kEmbed,
+    kPrepare,  // quantize what enters the next linear layers, where many rows share the work
+    kQkv,
+    kRotate,
+    kAttend,
+    kOutput,
+    kGateUp,
+    kDown,
+    kHead,
+    kChoose,
+  };
+  // What a linear layer reads.
+  enum Source : int32_t { kAttentionNorm, kAttentionOutput, kMlpNorm, kHeadNorm, kNumSources };
+  struct Spot {
+    const Matrix* matrix;
+    int32_t tile;
+  };
+  // Which positions' keys and values a thread holds as floats, from the current block's first on.
+  struct Widened {
+    const Sequence* sequence;
+    int32_t count;
+  };
+  struct Scratch {
+    Buffer<float> sums, other_sums, decode, norm, attention, output;
+    InputsBuffer inputs;
+    int64_t prepared = -1;
+    std::unique_ptr<Sampler> sampler;
+  };
+
+  void run_layers(const us_call& call, int64_t begin, int64_t end);
+  void run_head(const us_call& call, const std::vector<int64_t>& indices);
+  void add_layer_phases(int32_t layer);
+  void add_source(Source source, int32_t layer, int32_t rows);
+  void add(Kind kind, int32_t layer, int32_t items) { phases.push_back({kind, layer, items}); }
+
+  Spot spot(int32_t kind, int32_t layer, int32_t item) const;
+  const uint8_t* next_after(const Phase& phase, int32_t item, int32_t thread) const;
+  int32_t items_of(int32_t kind, int32_t layer) const;
+  const Inputs& inputs_for(Source source, int32_t layer, int32_t thread);
+  void quantize_row(Source source, int32_t layer, int32_t row, const Inputs& to, Scratch& scratch);
+  int32_t rows_of(Source source) const { return source == kHeadNorm ? num_head_ : num_rows_; }
+  int32_t width_of(Source source) const;
+  void multiply(const Spot& at, const Inputs& in, Buffer<float>& sums, Scratch& scratch, const uint8_t* next);
+
+  void run_qkv(const Phase& phase, int32_t item, int32_t thread);
+  void run_into_residual(const Phase& phase, int32_t item, int32_t thread, const Inputs& in);
+  void run_gate_up(const Phase& phase, int32_t item, int32_t thread);
+  void run_head_tile(const Phase& phase, int32_t item, int32_t thread);
+  void rotate(int32_t layer, int32_t row, int32_t head);
+  void run_attention(int32_t layer, int32_t group, int32_t head, int32_t thread);
+  void attend(int32_t layer, int32_t group, int32_t head, int32_t thread);
+  void fetch_inputs(const Phase& phase, int32_t item, int32_t thread, const Inputs& in) const;
+  void fetch_output_weights(int32_t layer, int32_t thread, int32_t slice, int32_t slices) const;
+  float* state_of(Scratch& scratch, int32_t index) const;
+  AttentionBlock attention_block(int32_t row, int32_t index, int32_t head, int32_t count, Scratch& scratch) const;
+  void widen(int32_t layer, int32_t head, const RowPath& at, int32_t begin, int32_t count, Widened& widened,
+             Scratch& scratch);
+  void choose(int32_t row, Scratch& scratch);
+  const RowPath& path(int32_t row) const { return model_.rows_[static_cast<size_t>(begin_ + row)]; }
+  float* residual(int32_t row) { return &x_[static_cast<size_t>(row) * static_cast<size_t>(shape_.hidden_size)]; }
+
+  Model& model_;
+  const us_shape& shape_;
+  const Kernels& kernels_;
+  const int32_t num_q_, num_kv_, repeat_;
+  const float score_scale_;
+  const us_call* call_ = nullptr;
+  int64_t begin_ = 0;
+  int32_t num_rows_ = 0, num_head_ = 0, group_rows_ = 1, num_groups_ = 0;
+  bool rotates_first_ = false;
+  int64_t serial_ = 0;  // of the program, so that no thread takes old inputs for new ones
+  Buffer<float> x_, qkv_, attention_, head_x_, logits_;
+  std::vector<float*> logit_rows_;
+  std::vector<int64_t> head_indices_;
+  std::array<InputsBuffer, kNumSources> shared_;
+  InputsBuffer hidden_;
+  std::vector<Scratch> scratch_;
+};
+
+}  // namespace understudy

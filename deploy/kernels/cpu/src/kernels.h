@@ -1,0 +1,124 @@
+// The operations that exist once per instruction set, behind a table of functions.
+//
+// The translation units that implement them are compiled for machines that may not be this one. They include nothing
+// with inline functions of external linkage (no standard containers): the linker keeps one copy of such a function
+// and could keep the one that only some machines can run.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace understudy {
+
+constexpr int kGroup = 32;      // inputs quantized together, and one visit of a weight group
+constexpr int kTile = 32;       // outputs computed together: two vectors of 16
+constexpr int kMaxBlock = 6;    // rows computed together
+constexpr int kPanel = 64;      // groups whose scales are decoded at once
+constexpr int kMaxRows = 128;   // rows of one pass through the layers
+constexpr int kKeyBlock = 32;   // positions of one step of the softmax
+
+enum class Number : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum class Minimum : int32_t { kNone = 0, kZeroPoint = 1, kNumber = 2 };
+
+// A packed matrix; the layout of `data` is described in matrix.h.
+struct MatrixView {
+  const uint8_t* data = nullptr;
+  size_t tile_bytes = 0, minimum_offset = 0, code_offset = 0;
+  int32_t outputs = 0, inputs = 0;
+  int32_t groups = 0;        // inputs / 32
+  int32_t group_shift = 0;   // a weight group is visited 2^shift times
+  int32_t bits = 0;
+  bool is_signed = false;    // 8-bit codes stand for code − 128
+  Number scale_number = Number::kFloat32;
+  Minimum minimum = Minimum::kNone;
+  const float* bias = nullptr;
+
+  int32_t tiles() const { return (outputs + kTile - 1) / kTile; }
+  const uint8_t* tile(int32_t index) const { return data + tile_bytes * static_cast<size_t>(index); }
+};
+
+// Rows are computed in blocks of nearly equal size, at most kMaxBlock.
+struct RowBlock {
+  int32_t first, count;
+};
+inline static int32_t num_blocks(int32_t rows) { return (rows + kMaxBlock - 1) / kMaxBlock; }
+inline static RowBlock block_at(int32_t rows, int32_t index) {
+  const int32_t blocks = num_blocks(rows), size = rows / blocks, larger = rows % blocks;
+  const int32_t before = index < larger ? index : larger;
+  return {index * size + before, size + (index < larger ? 1 : 0)};
+}
+inline static RowBlock block_of(int32_t rows, int32_t row) {
+  const int32_t blocks = num_blocks(rows), size = rows / blocks, larger = rows % blocks;
+  const int32_t edge = larger * (size + 1);
+  return block_at(rows, row < edge ? row / (size + 1) : larger + (row - edge) / size);
+}
+
+// Quantized inputs. Within a block of rows, group by group: so every row's 32 codes of a group lie side by side.
+// With total the sum of a group's codes, offset = −(scale · total) and start = −128 · total.
+struct Inputs {
+  int8_t* codes;
+  float* scale;
+  float* offset;
+  int32_t* start;
+  int32_t rows, groups;
+};
+
+// One step of the softmax for the query heads that share a key/value head.
+struct AttentionBlock {
+  const float* q;       // [heads][head_dim]
+  int32_t heads, head_dim, count;
+  float score_scale;
+  const float* keys;    // as `widen` leaves them
+  const float* values;
+  float* maximum;       // [heads]
+  float* total;         // [heads]
+  float* output;        // [heads][head_dim]
+  float* weights;       // scratch: 32 · heads
+};
+
+struct Finite {
+  float maximum;
+  int32_t is_finite;
+};
+
+struct Kernels {
+  // sums[row][32] = the outputs of one tile for every row, without bias. `next`: what will be read after this tile.
+  void (*matmul_tile)(const MatrixView&, int32_t tile, const Inputs&, float* sums, float* scratch, const uint8_t* next);
+  // y[row·stride + i] = sums[row][i] (+ bias[i]) for i < count
+  void (*finish_store)(const float* sums, int32_t rows, int32_t count, const float* bias, float* y, size_t stride);
+  // y += sums (+ bias)
+  void (*finish_add)(const float* sums, int32_t rows, int32_t count, const float* bias, float* y, size_t stride);
+  // group `group` of `out` = quantize(silu(gate) · up); biases may be null
+  void (*finish_silu)(const float* gate, const float* up, int32_t rows, const Inputs& out, int32_t group);
+  // row `row` of `out` = quantize(rms_norm(x) · weight), or quantize(x) where weight is null; scratch: 32 · groups
+  void (*quantize)(const float* x, const float* weight, float eps, const Inputs& out, int32_t row, float* scratch);
+  void (*rms_norm)(const float* x, const float* weight, int32_t n, float eps, float* y);
+  void (*rotate)(float* x, const float* cosine, const float* sine, int32_t head_dim);
+  void (*to_half)(const float* x, uint16_t* y, int32_t n);
+  // `count` rows of halves [n] to floats, vector i of row p at [i][p]; `next`: what comes after, to be fetched, or null
+  void (*widen)(const uint16_t* const* rows, int32_t count, int32_t n, const uint16_t* next, float* to);
+  void (*attend)(const AttentionBlock&);
+  void (*attend_finish)(const AttentionBlock&, float* out);
+  // One row of a tile-packed int8 matrix as floats: the embedding of a tied model.
+  void (*embed)(const MatrixView&, int32_t row, float* y);
+  void (*to_float32)(const void* from, Number, int32_t n, float* to);
+  // int8 codes and scales of a plain row of weights, n a multiple of 32
+  void (*quantize_weights)(const float* x, int32_t n, int8_t* codes, float* scale);
+  // Sampling over n floats, n padded to a multiple of 16 by the caller's buffer
+  Finite (*find_maximum)(const float* x, int32_t n);
+  void (*divide)(const float* x, float by, int32_t n, float* y);
+  double (*sum_exp)(const float* x, float maximum, int32_t n);
+  void (*exp_difference)(const float* x, float maximum, int32_t n, float* y);
+  void (*gumbel)(const uint32_t* words, int32_t n, float* y);
+  // Ceilings for the benchmarks
+  void (*measure_read)(const uint8_t* data, size_t bytes);
+  void (*measure_dot)(int64_t rounds);
+  double products_per_round;
+};
+
+const Kernels& kernels_scalar();
+const Kernels& kernels_avx2();
+const Kernels& kernels_avxvnni();
+const Kernels& kernels_avx512vnni();
+
+}  // namespace understudy

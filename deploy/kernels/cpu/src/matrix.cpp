@@ -1,0 +1,269 @@
+#include "matrix.h"
+
+#include <sys/mman.h>
+
+#include <atomic>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "pool.h"
+
+namespace understudy {
+
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+constexpr int64_t kMostOutputs = 65535 * kTile;  // the items of one phase
+constexpr size_t kPieceBytes = size_t{16} << 20;
+
+size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
+
+size_t number_bytes(Number number) { return number == Number::kFloat32 ? 4 : 2; }
+
+
+bool is_finite(const uint8_t* bytes, Number number) {
+  if (number == Number::kFloat32) {
+    uint32_t bits;
+    std::memcpy(&bits, bytes, 4);
+    return (bits & 0x7f800000) != 0x7f800000;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, bytes, 2);
+  const uint16_t exponent = number == Number::kFloat16 ? 0x7c00 : 0x7f80;
+  return (bits & exponent) != exponent;
+}
+
+// Four nibbles to four bytes.
+uint32_t spread(uint32_t nibbles) {
+  const uint32_t pairs = (nibbles | nibbles << 8) & 0x00ff00ff;
+  return (pairs | pairs << 4) & 0x0f0f0f0f;
+}
+
+// The grouped codes of a layer as they lie in the file (deploy/formats/packed.py).
+class GroupedPacking : public Program {
+ public:
+  GroupedPacking(const us_weights& from, const MatrixView& to, uint8_t* data) : from_(from), to_(to), data_(data) {
+    phases = {{0, 0, to.tiles()}};
+  }
+
+  void run(const Phase&, int32_t tile, int32_t) override {
+    for (int32_t column = 0; column < kTile && tile * kTile + column < to_.outputs; ++column)
+      pack_output(data_ + to_.tile_bytes * static_cast<size_t>(tile), column, row_of(tile * kTile + column));
+  }
+
+  bool is_finite_everywhere() const { return finite_; }
+
+ private:
+  int64_t row_of(int32_t output) const { return from_.row_ids ? from_.row_ids[output] : output; }
+
+  void pack_output(uint8_t* tile, int32_t column, int64_t row) {
+    const int64_t groups = from_.inputs / from_.group_size;
+    pack_numbers(static_cast<const uint8_t*>(from_.scale), to_.scale_number, row * groups, groups, tile, column);
+    uint8_t* minima = tile + to_.minimum_offset;
+    if (to_.minimum == Minimum::kNumber) {
+      pack_numbers(static_cast<const uint8_t*>(from_.minimum), to_.scale_number, row * groups, groups, minima, column);
+    } else {
+      for (int64_t g = 0; g < groups; ++g) minima[g * kTile + column] = zero_point(row, g, groups);
+    }
+    if (from_.bits == 4) {
+      pack_nibbles(tile + to_.code_offset, column, row);
+    } else {
+      pack_bytes(tile + to_.code_offset, column, row);
+    }
+  }
+
+  void pack_numbers(const uint8_t* source, Number number, int64_t first, int64_t count, uint8_t* to, int32_t column) {
+    const size_t size = number_bytes(number);
+    for (int64_t g = 0; g < count; ++g) {
+      const uint8_t* value = source + size * static_cast<size_t>(first + g);
+      if (!is_finite(value, number)) finite_ = false;
+      std::memcpy(to + size * static_cast<size_t>(g * kTile + column), value, size);
+    }
+  }
+
+  // Zero points are packed along the outputs, lowest bits first; without any the grid is symmetric.
+  uint8_t zero_point(int64_t row, int64_t group, int64_t groups) const {
+    const auto* words = static_cast<const uint32_t*>(from_.minimum);
+    if (!words) return static_cast<uint8_t>(1 << (from_.bits - 1));
+    const int64_t per_word = 32 / from_.bits;
+    const uint32_t word = words[row / per_word * groups + group];
+    return static_cast<uint8_t>(word >> (row % per_word * from_.bits) & ((1u << from_.bits) - 1));
+  }
+
+  void pack_nibbles(uint8_t* codes, int32_t column, int64_t row) const {
+    const uint32_t* words = static_cast<const uint32_t*>(from_.codes) + row * (from_.inputs / 8);
+    uint8_t* to = codes + column / 16 * 256 + column % 16 * 4;
+    for (int32_t g = 0; g < to_.groups; ++g, to += 512)
+      for (int32_t j = 0; j < 4; ++j) {
+        const uint32_t word = words[4 * g + j];
+        const uint32_t bytes = spread(word & 0xffff) | spread(word >> 16) << 4;
+        std::memcpy(to + 64 * j, &bytes, 4);
+      }
+  }
+
+  void pack_bytes(uint8_t* codes, int32_t column, int64_t row) const {
+    const uint32_t* words = static_cast<const uint32_t*>(from_.codes) + row * (from_.inputs / 4);
+    uint8_t* to = codes + column / 16 * 512 + column % 16 * 4;
+    for (int32_t g = 0; g < to_.groups; ++g, to += 1024)
+      for (int32_t j = 0; j < 8; ++j) std::memcpy(to + 64 * j, words + 8 * g + j, 4);
+  }
+
+  const us_weights& from_;
+  const MatrixView& to_;
+  uint8_t* data_;
+  std::atomic<bool> finite_{true};
+};
+
+// A plain matrix, quantized to signed 8 bits in groups of 32.
+class PlainPacking : public Program {
+ public:
+  PlainPacking(const us_weights& from, const MatrixView& to, uint8_t* data, const Kernels& kernels, int32_t threads)
+      : from_(from), to_(to), data_(data), kernels_(kernels), scratch_(static_cast<size_t>(threads)) {
+    phases = {{0, 0, to.tiles()}};
+    for (Scratch& scratch : scratch_) {
+      scratch.row.resize(static_cast<size_t>(to.inputs));
+      scratch.codes.resize(static_cast<size_t>(to.inputs));
+      scratch.scale.resize(static_cast<size_t>(to.groups));
+    }
+  }
+
+  void run(const Phase&, int32_t tile, int32_t thread) override {
+    Scratch& scratch = scratch_[static_cast<size_t>(thread)];
+    for (int32_t column = 0; column < kTile && tile * kTile + column < to_.outputs; ++column)
+      pack_output(data_ + to_.tile_bytes * static_cast<size_t>(tile), column, tile * kTile + column, scratch);
+  }
+
+  bool is_finite_everywhere() const { return finite_; }
+
+ private:
+  struct Scratch {
+    Buffer<float> row, scale;
+    Buffer<int8_t> codes;
+  };
+
+  void pack_output(uint8_t* tile, int32_t column, int32_t output, Scratch& scratch) {
+    const int64_t row = from_.row_ids ? from_.row_ids[output] : output;
+    const auto number = static_cast<Number>(from_.scale_type);
+    const size_t bytes = number_bytes(number) * static_cast<size_t>(from_.inputs);
+    const auto* source = static_cast<const uint8_t*>(from_.codes) + bytes * static_cast<size_t>(row);
+    kernels_.to_float32(source, number, to_.inputs, scratch.row.data());
+    kernels_.quantize_weights(scratch.row.data(), to_.inputs, scratch.codes.data(), scratch.scale.data());
+    if (!kernels_.find_maximum(scratch.row.data(), to_.inputs).is_finite) finite_ = false;
+    auto* scale = reinterpret_cast<float*>(tile) + column;
+    uint8_t* to = tile + to_.code_offset + column / 16 * 512 + column % 16 * 4;
+    for (int32_t g = 0; g < to_.groups; ++g, to += 1024) {
+      scale[g * kTile] = scratch.scale[static_cast<size_t>(g)];
+      for (int32_t j = 0; j < 8; ++j) {
+        uint32_t four;
+        std::memcpy(&four, scratch.codes.data() + kGroup * g + 4 * j, 4);
+        four ^= 0x80808080;  // code + 128
+        std::memcpy(to + 64 * j, &four, 4);
+      }
+    }
+  }
+
+  const us_weights& from_;
+  const MatrixView& to_;
+  uint8_t* data_;
+  const Kernels& kernels_;
+  std::vector<Scratch> scratch_;
+  std::atomic<bool> finite_{true};
+};
+
+int32_t shift_of(int32_t group_size) {
+  switch (group_size) {
+    case 32:
+      return 0;
+    case 64:
+      return 1;
+    case 128:
+      return 2;
+    default:
+      throw std::invalid_argument("group_size=" + std::to_string(group_size) + " is not supported; use 32, 64 or 128");
+  }
+}
+
+void check(const us_weights& from) {
+  if (from.inputs <= 0 || from.inputs % kGroup || from.outputs <= 0 || from.outputs > kMostOutputs)
+    throw std::invalid_argument("a matrix of " + std::to_string(from.outputs) + " × " + std::to_string(from.inputs) +
+                                " does not fit; inputs must be a multiple of 32");
+  if (from.scale_type < 0 || from.scale_type > 2) throw std::invalid_argument("unknown number type");
+  if (!from.is_plain && from.bits != 4 && from.bits != 8)
+    throw std::invalid_argument("bits=" + std::to_string(from.bits) + " is not supported; use 4 or 8");
+  if (!from.is_plain && from.inputs % from.group_size) throw std::invalid_argument("group_size does not divide inputs");
+}
+
+MatrixView lay_out(const us_weights& from) {
+  MatrixView view;
+  view.outputs = static_cast<int32_t>(from.outputs);
+  view.inputs = static_cast<int32_t>(from.inputs);
+  view.groups = view.inputs / kGroup;
+  view.bits = from.is_plain ? 8 : from.bits;
+  view.is_signed = from.is_plain;
+  view.group_shift = from.is_plain ? 0 : shift_of(from.group_size);
+  view.scale_number = from.is_plain ? Number::kFloat32 : static_cast<Number>(from.scale_type);
+  if (!from.is_plain) view.minimum = from.has_float_minimum ? Minimum::kNumber : Minimum::kZeroPoint;
+  const size_t numbers = static_cast<size_t>(view.groups >> view.group_shift) * kTile;
+  const size_t number = number_bytes(view.scale_number);
+  const size_t minimum = view.minimum == Minimum::kNone ? 0 : view.minimum == Minimum::kNumber ? number : 1;
+  view.minimum_offset = round_up(numbers * number, 64);
+  view.code_offset = view.minimum_offset + round_up(numbers * minimum, 64);
+  view.tile_bytes = view.code_offset + static_cast<size_t>(view.groups) * 4 * kGroup * static_cast<size_t>(view.bits);
+  return view;
+}
+
+}  // namespace
+
+Arena::~Arena() {
+  for (const Piece& piece : pieces_) munmap(piece.data, piece.bytes);
+}
+
+uint8_t* Arena::allocate(size_t bytes) {
+  bytes = round_up(bytes, 64);
+  if (bytes > left_) {
+    const size_t piece = round_up(bytes > kPieceBytes ? bytes : kPieceBytes, kHugePage) + kHugePage;
+    void* memory = mmap(nullptr, piece, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    pieces_.push_back({static_cast<uint8_t*>(memory), piece});
+    const auto address = reinterpret_cast<uintptr_t>(memory);
+    const size_t skipped = round_up(address, kHugePage) - address;
+    next_ = static_cast<uint8_t*>(memory) + skipped;
+    left_ = piece - skipped;
+#ifdef MADV_HUGEPAGE
+    madvise(next_, left_ / kHugePage * kHugePage, MADV_HUGEPAGE);  // only faster: a refusal does not matter
+#endif
+  }
+  uint8_t* result = next_;
+  next_ += bytes;
+  left_ -= bytes;
+  allocated_ += bytes;
+  return result;
+}
+
+Matrix pack(const us_weights& from, const Kernels& kernels, Pool& pool, Arena& arena) {
+  check(from);
+  Matrix matrix;
+  matrix.view = lay_out(from);
+  uint8_t* data = arena.allocate(matrix.view.tile_bytes * static_cast<size_t>(matrix.view.tiles()));
+  bool is_finite_everywhere = true;
+  if (from.is_plain) {
+    PlainPacking packing(from, matrix.view, data, kernels, pool.threads());
+    pool.execute(packing);
+    is_finite_everywhere = packing.is_finite_everywhere();
+  } else {
+    GroupedPacking packing(from, matrix.view, data);
+    pool.execute(packing);
+    is_finite_everywhere = packing.is_finite_everywhere();
+  }
+  if (!is_finite_everywhere) throw std::invalid_argument("has a scale, minimum or weight that is not finite");
+  if (from.bias) {
+    matrix.bias.assign(static_cast<size_t>(matrix.view.tiles()) * kTile, 0.0f);
+    std::memcpy(matrix.bias.data(), from.bias, sizeof(float) * static_cast<size_t>(from.outputs));
+  }
+  matrix.view.data = data;
+  return matrix;
+}
+
+}  // namespace understudy

@@ -1,0 +1,55 @@
+// Packing weights into the layout that the kernels read.
+//
+// A matrix [outputs, inputs] is cut into tiles of 32 outputs; one tile lies in one piece, in the order of reading:
+//
+//   scales   [inputs/group][32]   fp32, or the 16-bit type that they came in
+//   minima   [inputs/group][32]   zero points in a byte each, or numbers like the scales; none for signed codes
+//   codes    [inputs/32][2][…]    two vectors of 16 outputs; within one, vectors of 64 bytes:
+//              4 bits: 4 vectors, vector j byte 4c+i: inputs 8j+i (low nibble) and 8j+4+i (high nibble) of output c
+//              8 bits: 8 vectors, vector j byte 4c+i: input 4j+i of output c
+//
+// Each part starts at a multiple of 64 bytes. Outputs that fill up the last tile have scale 0.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "buffer.h"
+#include "kernels.h"
+#include "understudy_cpu.h"
+
+namespace understudy {
+
+class Pool;
+
+// Memory for packed weights in large, huge-page aligned pieces that live as long as the arena.
+class Arena {
+ public:
+  Arena() = default;
+  ~Arena();
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  uint8_t* allocate(size_t bytes);
+  size_t allocated() const { return allocated_; }
+
+ private:
+  struct Piece {
+    uint8_t* data;
+    size_t bytes;
+  };
+  std::vector<Piece> pieces_;
+  size_t left_ = 0, allocated_ = 0;
+  uint8_t* next_ = nullptr;
+};
+
+struct Matrix {
+  MatrixView view;
+  Buffer<float> bias;  // padded to whole tiles
+};
+
+// Packs on all threads of `pool`. Throws std::invalid_argument for what does not fit together.
+Matrix pack(const us_weights& from, const Kernels& kernels, Pool& pool, Arena& arena);
+
+}  // namespace understudy

@@ -1,0 +1,79 @@
+// A whole model: weights, caches, and the forward pass over rows.
+#pragma once
+
+#include <array>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+#include "cache.h"
+#include "matrix.h"
+#include "runtime.h"
+#include "understudy_cpu.h"
+
+namespace understudy {
+
+enum Linear { kQ, kK, kV, kO, kGate, kUp, kDown, kNumLinears };
+enum Norm { kInputNorm, kPostAttentionNorm, kQNorm, kKNorm, kNumNorms };
+
+struct Layer {
+  std::array<Matrix, kNumLinears> linear;
+  std::array<Buffer<float>, kNumNorms> norm;
+};
+
+class Forward;
+
+class Model {
+ public:
+  Model(std::shared_ptr<Runtime> runtime, const us_shape& shape);
+  ~Model();
+
+  void set_linear(int32_t layer, int32_t which, const us_weights& weights);
+  void set_norm(int32_t layer, int32_t which, const float* values, int64_t count);
+  void set_head(const us_weights& weights);
+  void set_embedding_int8(const us_weights& weights);
+  void set_embedding(const void* values, Number number);
+  void finish();
+  void add_rope(const float* cosine, const float* sine, int64_t count);
+
+  void forward(const us_call& call);
+  void keep(int64_t sequence, const int32_t* rows, int64_t count);
+  void truncate(int64_t sequence, int64_t length);
+  int64_t length(int64_t sequence) const;
+  void reset(int64_t sequence);
+  int64_t weight_bytes() const { return static_cast<int64_t>(arena_.allocated()); }
+  int64_t cache_bytes() const;
+
+ private:
+  friend class Forward;
+  struct Kept {
+    int32_t token, parent;
+  };
+
+  int32_t expected_outputs(int32_t which) const;
+  int32_t expected_inputs(int32_t which) const;
+  void check_call(const us_call& call) const;
+  void lay_out_rows(const us_call& call);
+  void place(const us_call& call, int64_t row, int32_t slot);
+  void drop_provisional(const Sequence* sequence);
+  void embed(int32_t token, float* x) const;
+
+  std::shared_ptr<Runtime> runtime_;
+  us_shape shape_;
+  Arena arena_;
+  std::vector<Layer> layers_;
+  Buffer<float> final_norm_;
+  Matrix head_, embedding_int8_;
+  std::vector<int64_t> head_ids_;  // of a trimmed vocabulary
+  const uint8_t* embedding_ = nullptr;
+  Number embedding_number_ = Number::kFloat32;
+  Buffer<float> cosine_, sine_;
+  std::unordered_map<int64_t, std::unique_ptr<Sequence>> sequences_;
+  std::vector<RowPath> rows_;  // of the last call
+  std::vector<Kept> row_tokens_;
+  std::unique_ptr<Forward> forward_;
+  mutable std::mutex mutex_;
+};
+
+}  // namespace understudy

@@ -1,0 +1,212 @@
+#include "sampling.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace understudy {
+
+namespace {
+
+// Noise is −log(−log(u)) with u from 2^-24 to 1 − 2^-24, so between −2.82 and 16.64.
+constexpr float kLargestNoise = 16.7f;
+// How far two orders of summation of the same numbers can differ, relatively; n · 2^-53 is far below it.
+constexpr double kSumError = 1e-9;
+
+struct Block {
+  uint32_t word[4];
+};
+
+// Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+Block philox(Block c, uint64_t seed) {
+  auto k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t{0xD2511F53} * c.word[0], b = uint64_t{0xCD9E8D57} * c.word[2];
+    c = {{static_cast<uint32_t>(b >> 32) ^ c.word[1] ^ k0, static_cast<uint32_t>(b),
+          static_cast<uint32_t>(a >> 32) ^ c.word[3] ^ k1, static_cast<uint32_t>(a)}};
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  return c;
+}
+
+}  // namespace
+
+int64_t Sampler::choose(const float* logits, int32_t n, const us_sampling& how, const std::vector<int32_t>& path,
+                        int64_t position, const int64_t* ids) {
+  n_ = n;
+  ids_ = ids;
+  const Finite found = kernels_.find_maximum(logits, n);
+  if (!found.is_finite) return kNotFinite;
+  const auto penalty = static_cast<float>(how.repetition_penalty);
+  const bool is_penalized = how.repetition_penalty != 1.0 && !path.empty();
+  if (how.temperature == 0 && !is_penalized) {
+    largest_ = found.maximum;
+    return id_of(first_largest(logits));
+  }
+  z_.assign(logits, logits + n);
+  if (is_penalized) penalize(path, penalty);
+  if (how.temperature != 0) kernels_.divide(z_.data(), static_cast<float>(how.temperature), n, z_.data());
+  largest_ = kernels_.find_maximum(z_.data(), n).maximum;
+  if (how.temperature == 0) return id_of(first_largest(z_.data()));
+  truncate(how);
+  return id_of(sample(how, position));
+}
+
+int32_t Sampler::first_largest(const float* z) const {
+  for (int32_t i = 0; i < n_; ++i)
+    if (z[i] == largest_) return i;
+  return 0;
+}
+
+void Sampler::penalize(const std::vector<int32_t>& path, float penalty) {
+  seen_ = path;
+  std::sort(seen_.begin(), seen_.end());
+  seen_.erase(std::unique(seen_.begin(), seen_.end()), seen_.end());
+  for (const int32_t token : seen_) {
+    int64_t index = token;
+    if (ids_) {
+      const int64_t* place = std::lower_bound(ids_, ids_ + n_, static_cast<int64_t>(token));
+      if (place == ids_ + n_ || *place != token) continue;
+      index = place - ids_;
+    }
+    if (index < 0 || index >= n_) continue;
+    float& z = z_[static_cast<size_t>(index)];
+    z = z > 0 ? z / penalty : z * penalty;
+  }
+}
+
+void Sampler::truncate(const us_sampling& how) {
+  keeps_all_ = true;
+  if (how.top_k > 0 && how.top_k < n_) keep_largest(how.top_k);
+  if (how.top_p < 1) keep_top_p(how.top_p);
+  if (how.min_p > 0) keep_min_p(static_cast<float>(how.min_p));
+}
+
+// Replaces kept_ by every index with z >= lowest, in order of index.
+void Sampler::keep_above(float lowest) {
+  kept_.clear();
+  for (int32_t i = 0; i < n_; ++i)
+    if (z_[static_cast<size_t>(i)] >= lowest) kept_.push_back(i);
+}
+
+// Largest first, ties by id.
+void Sampler::sort_kept() {
+  std::sort(kept_.begin(), kept_.end(), [this](int32_t a, int32_t b) {
+    const float x = z_[static_cast<size_t>(a)], y = z_[static_cast<size_t>(b)];
+    return x > y || (x == y && a < b);
+  });
+}
+
+void Sampler::keep_largest(int64_t count) {
+  float depth = 4.0f;
+  do {
+    keep_above(largest_ - depth);
+    depth = depth > 1e3f ? std::numeric_limits<float>::infinity() : depth * 2;
+  } while (static_cast<int64_t>(kept_.size()) < count);
+  sort_kept();
+  kept_.resize(static_cast<size_t>(count));
+  keeps_all_ = false;
+}
+
+void Sampler::keep_top_p(double top_p) {
+  if (keeps_all_) {
+    if (keep_top_p_of_few(top_p)) return;
+    keep_above(-std::numeric_limits<float>::infinity());
+    sort_kept();
+  }
+  weights_.resize(kept_.size());
+  for (size_t i = 0; i < kept_.size(); ++i) weights_[i] = z_[static_cast<size_t>(kept_[i])];
+  kernels_.exp_difference(weights_.data(), largest_, static_cast<int32_t>(weights_.size()), weights_.data());
+  double total = 0, sum = 0;
+  for (const float weight : weights_) total += weight;
+  size_t count = 0;
+  while (count < kept_.size() && (count == 0 || sum < top_p * total)) sum += weights_[count++];
+  kept_.resize(count);
+  keeps_all_ = false;
+}
+
+// Without sorting the whole vocabulary: the total is summed in another order than the definition's, which decides
+// nothing unless a prefix comes within rounding of the threshold. Returns false then, or when too many are needed.
+bool Sampler::keep_top_p_of_few(double top_p) {
+  const double threshold = top_p * kernels_.sum_exp(z_.data(), largest_, n_);
+  for (float depth = 5.0f; depth < 100.0f; depth *= 2) {
+    keep_above(largest_ - depth);
+    sort_kept();
+    weights_.resize(kept_.size());
+    for (size_t i = 0; i < kept_.size(); ++i) weights_[i] = z_[static_cast<size_t>(kept_[i])];
+    kernels_.exp_difference(weights_.data(), largest_, static_cast<int32_t>(weights_.size()), weights_.data());
+    double sum = 0;
+    for (size_t i = 0; i < kept_.size(); ++i) {
+      sum += weights_[i];
+      if (sum < threshold * (1 - kSumError)) continue;
+      if (sum < threshold * (1 + kSumError)) return false;
+      kept_.resize(i + 1);
+      keeps_all_ = false;
+      return true;
+    }
+  }
+  return false;
+}
+
+void Sampler::keep_min_p(float min_p) {
+  if (keeps_all_) keep_above(-std::numeric_limits<float>::infinity());
+  weights_.resize(kept_.size());
+  for (size_t i = 0; i < kept_.size(); ++i) weights_[i] = z_[static_cast<size_t>(kept_[i])];
+  kernels_.exp_difference(weights_.data(), largest_, static_cast<int32_t>(weights_.size()), weights_.data());
+  size_t count = 0;
+  for (size_t i = 0; i < kept_.size(); ++i)
+    if (weights_[i] >= min_p) kept_[count++] = kept_[i];
+  kept_.resize(count);
+  keeps_all_ = false;
+}
+
+// Gumbel-max. Where nothing was cut off, only tokens that the largest noise could lift above the best so far need any.
+int32_t Sampler::sample(const us_sampling& how, int64_t position) {
+  best_ = -1;
+  if (!keeps_all_) {
+    consider(kept_, how, position);
+    return best_;
+  }
+  keep_above(largest_ - 3.0f);
+  consider(kept_, how, position);
+  // The second part allows for the rounding of z + noise where z is large.
+  const float reached = best_score_ - kLargestNoise - 1e-6f * std::fabs(largest_);
+  const float done = largest_ - 3.0f;
+  kept_.clear();
+  for (int32_t i = 0; i < n_; ++i) {
+    const float z = z_[static_cast<size_t>(i)];
+    if (z >= reached && z < done) kept_.push_back(i);
+  }
+  consider(kept_, how, position);
+  return best_;
+}
+
+void Sampler::consider(const std::vector<int32_t>& indices, const us_sampling& how, int64_t position) {
+  const size_t padded = (indices.size() + 15) / 16 * 16;
+  words_.assign(padded, 0);
+  noise_.resize(padded);
+  uint64_t last = std::numeric_limits<uint64_t>::max();
+  Block block = {};
+  for (size_t i = 0; i < indices.size(); ++i) {
+    const auto token = static_cast<uint64_t>(id_of(indices[i]));
+    if (token / 4 != last) {
+      last = token / 4;
+      block = philox({{static_cast<uint32_t>(last), static_cast<uint32_t>(position),
+                       static_cast<uint32_t>(how.sample_index), static_cast<uint32_t>(how.sample_index >> 32)}},
+                     how.seed);
+    }
+    words_[i] = block.word[token % 4];
+  }
+  kernels_.gumbel(words_.data(), static_cast<int32_t>(padded), noise_.data());
+  for (size_t i = 0; i < indices.size(); ++i) {
+    const int32_t index = indices[i];
+    const float score = z_[static_cast<size_t>(index)] + noise_[i];
+    if (best_ < 0 || score > best_score_ || (score == best_score_ && index < best_)) {
+      best_ = index;
+      best_score_ = score;
+    }
+  }
+}
+
+}  // namespace understudy

@@ -1,0 +1,127 @@
+/* The C interface of the native CPU runtime. docs/numerics.md defines every result to the bit.
+ *
+ * Functions that return a pointer return NULL, and those that return int return nonzero, when they fail;
+ * us_error() then says why (per thread, until the next failure). Memory passed in is only read during the call, except
+ * where it says otherwise. Objects may be used from several threads; calls on one runtime take turns.
+ * The caller checks what a user can get wrong (tokens, positions, parents); what is checked here is what would
+ * otherwise read or write outside of memory.
+ */
+#ifndef UNDERSTUDY_CPU_H
+#define UNDERSTUDY_CPU_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define US_API __attribute__((visibility("default")))
+#define US_ABI_VERSION 2
+
+typedef struct us_runtime us_runtime;
+typedef struct us_matrix us_matrix;
+typedef struct us_model us_model;
+
+/* Number types: 0 float32, 1 float16, 2 bfloat16. */
+
+/* Weights as they lie in a file (deploy/formats/packed.py). */
+typedef struct {
+  int64_t outputs, inputs;
+  const void* codes;       /* packed: uint32 [rows][inputs·bits/32]; plain: numbers [rows][inputs] of scale_type */
+  const void* scale;       /* packed: [rows][inputs/group_size] of scale_type */
+  const void* minimum;     /* packed: zero points uint32 [⌈rows·bits/32⌉][groups], minima like scale, or NULL:
+                            * symmetric */
+  const float* bias;       /* [outputs] or NULL */
+  const int64_t* row_ids;  /* [outputs]: which rows of the source these are; NULL: all, in order */
+  int32_t bits, group_size, scale_type;
+  int32_t is_plain;        /* quantized here to int8 in groups of 32 */
+  int32_t has_float_minimum;
+} us_weights;
+
+typedef struct {
+  int32_t num_layers, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size;
+  int32_t has_qk_norm;
+  float rms_norm_eps;
+} us_shape;
+
+/* How to choose a token; deploy/runtime/sampling.py checks the ranges. */
+typedef struct {
+  double temperature, top_p, min_p, repetition_penalty;
+  int64_t top_k;
+  uint64_t seed, sample_index;
+} us_sampling;
+
+/* One forward. parent: an earlier row of the call, or -1. `sampling` (one per head row) asks for tokens. */
+typedef struct {
+  int64_t num_rows;
+  const int32_t *tokens, *positions, *parents;
+  const int64_t* sequences;
+  int64_t num_taps;
+  const int32_t* tap_layers; /* ascending, each once */
+  float* taps;               /* [num_taps][num_rows][hidden] */
+  int64_t num_head_rows;
+  const int64_t* head_rows;
+  float* logits; /* [num_head_rows][head outputs], or NULL */
+  const us_sampling* sampling;
+  int64_t* chosen; /* [num_head_rows]: token ids, -1 where a logit is not finite */
+} us_call;
+
+US_API int us_abi_version(void);
+US_API const char* us_error(void);
+
+/* isa: "scalar", "avx2", "avxvnni" or "avx512vnni". */
+US_API int us_isa_is_supported(const char* isa);
+
+/* A pool of `threads` threads, the calling one included, and the kernels of one instruction set. */
+US_API us_runtime* us_runtime_create(const char* isa, int32_t threads);
+US_API void us_runtime_destroy(us_runtime*);
+
+/* Single operations, for tests and measurements. */
+US_API us_matrix* us_matrix_create(us_runtime*, const us_weights*);
+US_API void us_matrix_destroy(us_matrix*);
+US_API int64_t us_matrix_bytes(const us_matrix*);
+/* x [rows][inputs] → y [rows][outputs], `repeats` times over. */
+US_API int us_matrix_multiply(us_matrix*, const float* x, int64_t rows, float* y, int64_t repeats);
+US_API int us_exp(us_runtime*, const float* x, int64_t n, float* y);
+US_API int us_to_half(us_runtime*, const float* x, int64_t n, uint16_t* y);
+/* path: tokens so far, NULL if none. ids: ascending token id of each logit, or NULL: 0, 1, 2, … Returns the token;
+ * -1: a logit is not finite; -2: an error. */
+US_API int64_t us_sample(us_runtime*, const float* logits, int64_t n, const us_sampling*, const int32_t* path,
+                         int64_t path_length, int64_t position, const int64_t* ids);
+/* Ceilings: bytes per second of all threads reading `bytes`; multiply-adds per second of the integer dot product. */
+US_API double us_measure_read(us_runtime*, int64_t bytes, int64_t repeats);
+US_API double us_measure_dot(us_runtime*, int64_t repeats);
+
+/* A model is created empty and filled; us_model_finish checks that nothing is missing. */
+US_API us_model* us_model_create(us_runtime*, const us_shape*);
+US_API void us_model_destroy(us_model*);
+/* which: 0 q, 1 k, 2 v, 3 o, 4 gate, 5 up, 6 down */
+US_API int us_model_set_linear(us_model*, int32_t layer, int32_t which, const us_weights*);
+/* which: 0 input norm, 1 post-attention norm, 2 q norm, 3 k norm; layer -1: the final norm */
+US_API int us_model_set_norm(us_model*, int32_t layer, int32_t which, const float* values, int64_t count);
+/* The head; row_ids: a trimmed vocabulary, ascending, whose ids are then what is chosen. */
+US_API int us_model_set_head(us_model*, const us_weights*);
+/* A tied embedding in int8. Without a call, and with a head over the whole vocabulary, the head serves. */
+US_API int us_model_set_embedding_int8(us_model*, const us_weights*);
+/* An untied embedding [vocab][hidden]; `values` must stay readable as long as the model lives. */
+US_API int us_model_set_embedding(us_model*, const void* values, int32_t number_type);
+US_API int us_model_finish(us_model*);
+/* cos and sin [count][head_dim/2] of the positions that follow those given so far. */
+US_API int us_model_add_rope(us_model*, const float* cosine, const float* sine, int64_t count);
+US_API int64_t us_model_weight_bytes(const us_model*);
+US_API int64_t us_model_cache_bytes(const us_model*);
+
+/* A row follows `parent`, or what its sequence's cache holds. Drops all rows that were not kept. */
+US_API int us_model_forward(us_model*, const us_call*);
+/* rows: indices into the last call, one path that begins where the cache ends. */
+US_API int us_model_keep(us_model*, int64_t sequence, const int32_t* rows, int64_t count);
+/* Forgets tokens from position `length` on. */
+US_API int us_model_truncate(us_model*, int64_t sequence, int64_t length);
+US_API int64_t us_model_length(const us_model*, int64_t sequence);
+US_API void us_model_reset(us_model*, int64_t sequence);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

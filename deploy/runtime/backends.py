@@ -1,0 +1,27 @@
+"""The backends by name."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from deploy.formats.model_dir import ModelDirectory
+from deploy.runtime.backend import Backend
+
+BackendName = Literal["cpu", "reference-int8", "reference-bf16"]
+
+
+def open_backend(name: BackendName, directory: ModelDirectory, *, threads: int | None = None) -> Backend:
+    """The model on the backend called `name`: native code, or the slow definitions in numpy.
+
+    threads: for "cpu"; None takes what the process may use. Raises ValueError for an unknown name and for what the
+    backend does not support.
+    """
+    if name == "cpu":
+        from deploy.runtime.cpu_backend import CpuBackend
+
+        return CpuBackend(directory, threads=threads)
+    if name == "reference-int8" or name == "reference-bf16":
+        from deploy.kernels.reference.model import ReferenceBackend
+
+        return ReferenceBackend(directory, activations="int8" if name == "reference-int8" else "bf16")
+    raise ValueError(f"backend={name!r} is not known; use {', '.join(get_args(BackendName))}")
