@@ -36,14 +36,14 @@ class Peer:
         self.memory = lib.llama_get_memory(self.context)
         self.vocab_size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
 
-    def forward(self, tokens, start, sequences=None, want_all=True):
-        """Seconds of one call. sequences: the sequence of each token; default: all in sequence 0, in a row."""
+    def forward(self, tokens, start, sequences=None, want_all=True, sequence=0):
+        """Seconds of one call: tokens in a row in `sequence`, or one at position `start` in each of `sequences`."""
         batch = lib.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
             batch.token[i] = token
             batch.pos[i] = start + (i if sequences is None else 0)
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0 if sequences is None else sequences[i]
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence if sequences is None else sequences[i]
             batch.logits[i] = 1 if want_all or i == len(tokens) - 1 else 0
         begin = time.perf_counter()
         status = lib.llama_decode(self.context, batch)
@@ -61,11 +61,7 @@ class Peer:
         self.forget(0, sequence)
         for begin in range(0, length, 512):
             tokens = [100 + i % 1000 for i in range(begin, min(begin + 512, length))]
-            if sequence:
-                for offset, token in enumerate(tokens):
-                    self.forward([token], begin + offset, [sequence])
-            else:
-                self.forward(tokens, begin, want_all=False)
+            self.forward(tokens, begin, want_all=False, sequence=sequence)
 
     def logits(self, index):
         return np.ctypeslib.as_array(lib.llama_get_logits_ith(self.context, index), shape=(self.vocab_size,))
