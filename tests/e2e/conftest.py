@@ -45,11 +45,11 @@ class Workplace:
         assert process.returncode == 0, output
         return output
 
-    def deploy(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def deploy(self, *arguments: str, said: str | None = None) -> subprocess.CompletedProcess[str]:
+        """`python -m deploy …`; said: what it reads from its input."""
         command = [sys.executable, "-m", "deploy", *arguments]
-        return subprocess.run(
-            command, cwd=self.path, env=self.environment(), capture_output=True, text=True, timeout=300
-        )
+        where = {"cwd": self.path, "env": self.environment()}
+        return subprocess.run(command, input=said or "", capture_output=True, text=True, timeout=300, **where)
 
     def contents(self, bundle: str) -> dict[str, str]:
         """sha256 of every file of a bundle; its path starts at the workplace."""
