@@ -28,13 +28,17 @@ def bench(
     max_tokens: o.MaxTokens = 128,
     temperature: o.Temperature = 0.0,
     seed: o.Seed = 0,
-    limit: Annotated[int | None, typer.Option(help="only the first so many records")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first so many records")] = None,
     backend: o.Backend = "cpu",
     threads: o.Threads = None,
     out: Annotated[Path | None, typer.Option("--json", help="write the result to this file")] = None,
 ) -> None:
     """Measure the bundle's target on prompts."""
     records = read_prompts(prompts)[:limit]
+    if out is not None:  # found out before the work, not after it
+        if out.is_dir():
+            raise ValueError(f"--json {out}: is a directory; name a file")
+        out.parent.mkdir(parents=True, exist_ok=True)
     options = GenerationOptions(max_tokens, SamplingParams(temperature, seed=seed))
     session = Session.open(Bundle.open(bundle), backend=backend, threads=threads)
     result: dict[str, Any] = {
@@ -49,7 +53,6 @@ def bench(
         answers = answer_all(session, records, options, lambda: progress.advance(task))
     result["modes"] = {"plain": summarize(answers)}
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     _show(result)
 

@@ -13,13 +13,14 @@ from rich.table import Table
 
 from deploy.commands import options as o
 from deploy.formats.bundle import Bundle, Manifest
+from deploy.kernels.cpu.library import describe_choice
 
 
 def inspect(
     bundle: o.BundlePath,
     as_json: Annotated[bool, typer.Option("--json", help="The manifest as it is.")] = False,
 ) -> None:
-    """Show what a bundle holds: models, precision, sizes, quality, licence, provenance."""
+    """Show what a bundle holds (models, precision, sizes, quality, licence, provenance) and what would run it."""
     manifest = Bundle.open(bundle).manifest
     if as_json:
         typer.echo((bundle / "manifest.json").read_text(encoding="utf-8"), nl=False)
@@ -29,6 +30,7 @@ def inspect(
     facts = [("licence", manifest.licence), ("files", f"{len(manifest.files)}, {total / 1e6:.1f} MB")]
     facts.append(("extensions", ", ".join(manifest.extensions) or "none"))
     facts.append(("chat template", manifest.chat_template[:16]))
+    facts.append(("runtime", _runtime()))
     console.print(_facts(manifest.name, facts))
     for item in manifest.components:
         rows: list[tuple[str, str]] = [
@@ -43,6 +45,14 @@ def inspect(
         console.print(_quality_table(manifest))
     if manifest.provenance:
         console.print(_facts("Provenance", _provenance_facts(manifest.provenance)))
+
+
+def _runtime() -> str:
+    """The native kernels of this machine; why there are none is no reason not to show the bundle."""
+    try:
+        return describe_choice()
+    except (ValueError, OSError) as error:
+        return f"none: {error}"
 
 
 def _format(value: object) -> str:

@@ -7,6 +7,7 @@ Face's. What would change the numbers and is not implemented is refused, by name
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -71,7 +72,8 @@ def _number(config: Mapping[str, Any], key: str, default: float | None = None) -
     value = config.get(key)
     if value is None:
         value = default
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+    # Beyond the largest double there are integers, too.
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise _refuse(key, value, "a positive number")
     return float(value)
 

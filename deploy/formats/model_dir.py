@@ -208,8 +208,19 @@ class ModelDirectory:
     def names(self) -> list[str]:
         return self._shards.names()
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._shards
+
     def dtype(self, name: str) -> str:
         return self._shards.dtype(name)
+
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """Any tensor in the type that its file holds, read-only; BF16 as its uint16 bits.
+
+        A view of the mapped file, which outlives `close`; a copy where the file does not align the tensor.
+        """
+        view = self._shards.array(name)
+        return view if view.flags.aligned else view.copy()
 
     def linear(self, name: str) -> GroupedInt | npt.NDArray[np.float32]:
         """Weight [out, in] of linear layer `name` (without `.weight`): packed codes, or float32 when plain."""

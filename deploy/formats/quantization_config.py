@@ -117,7 +117,7 @@ def quantization_config(groups: Sequence[QuantizationGroup], ignore: Sequence[st
 
 
 def _expect(value: object, expected: Sequence[object], where: str) -> None:
-    if value not in expected:
+    if not any(type(value) is type(item) and value == item for item in expected):  # 4.0 bits are not 4 bits
         supported = ", ".join(repr(item) for item in expected)
         raise FormatError(f"quantization_config.{where}={value!r} is not supported; supported: {supported}")
 

@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,9 @@ import numpy.typing as npt
 
 from deploy.formats.errors import FormatError
 
-MAX_HEADER_BYTES = 100_000_000  # the safetensors package's own limit
+# The most that 4096 packed layers need. Parsed, a hostile header takes twenty times its size in memory; the safetensors
+# package's own limit, 100 MB, would let it have gigabytes.
+MAX_HEADER_BYTES = 20_000_000
 
 # BF16 has no numpy type: its bits are handled as uint16.
 _NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
@@ -83,10 +86,11 @@ class _Entry:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) != len(keys):
-        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
-    return dict(pairs)
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        (name, _count), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"duplicate key {name!r}")
+    return unique
 
 
 def _parse_entry(path: Path, name: str, raw: object) -> _Entry:
@@ -99,7 +103,7 @@ def _parse_entry(path: Path, name: str, raw: object) -> _Entry:
     if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:
         raise fail("its header entry must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
-    if dtype not in _NUMPY_DTYPES:
+    if not isinstance(dtype, str) or dtype not in _NUMPY_DTYPES:
         raise fail(f"unsupported dtype {dtype!r}; supported: {', '.join(_NUMPY_DTYPES)}")
     if not isinstance(shape, list) or not all(is_count(size) for size in shape):
         raise fail(f"shape {shape!r} is not a list of non-negative integers")

@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deploy.formats import packed
 from deploy.formats.architectures import ModelShape
 from deploy.formats.errors import FormatError
-from deploy.formats.model_dir import INDEX_FILE, WEIGHTS_FILE, ModelDirectory, read_json
-from deploy.formats.safetensors_file import SafetensorsFile
+from deploy.formats.model_dir import ModelDirectory
 from deploy.kernels.cpu.library import (
     Call,
     Float32,
@@ -67,41 +65,11 @@ def _check_shape(shape: ModelShape) -> None:
         raise ValueError(f"head_dim={shape.head_dim} is not a multiple of {_LANES}; such models are not supported")
 
 
-class _Files:
-    """The tensors of a model directory in the types that the files hold."""
-
-    def __init__(self, directory: Path) -> None:
-        names = [WEIGHTS_FILE]
-        if not (directory / WEIGHTS_FILE).exists():
-            names = sorted(set(read_json(directory / INDEX_FILE)["weight_map"].values()))
-        self._owner: dict[str, SafetensorsFile] = {}
-        for file in (SafetensorsFile(directory / name) for name in names):
-            self._owner |= dict.fromkeys(file.names(), file)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._owner
-
-    def array(self, name: str) -> npt.NDArray[Any]:
-        return self._owner[name].array(name)
-
-    def dtype(self, name: str) -> str:
-        return self._owner[name].dtype(name)
-
-    def float32(self, name: str) -> Float32:
-        return self._owner[name].float32(name)
-
-    def release(self, name: str) -> None:
-        """Drop the pages of tensor `name`, or of all tensors of linear layer `name`."""
-        for candidate in (name, f"{name}.weight", *(f"{name}.{suffix}" for suffix in packed.SUFFIXES)):
-            if candidate in self._owner:
-                self._owner[candidate].release(candidate)
-
-
 class _Loader:
     """Packs the weights of a model directory into a native model, tensor by tensor."""
 
     def __init__(self, directory: ModelDirectory, runtime: Runtime, head_ids: npt.NDArray[np.int64] | None) -> None:
-        self._directory, self._files, self._head_ids = directory, _Files(directory.path), head_ids
+        self._directory, self._head_ids = directory, head_ids
         shape = directory.shape
         native_shape = Shape(
             num_layers=shape.num_layers,
@@ -119,15 +87,18 @@ class _Loader:
             raise RuntimeError(native_error())
 
     def load(self) -> npt.NDArray[Any] | None:
-        """Everything; the embedding's array when it is to be read from the file (it must be kept alive)."""
+        """Everything; the embedding's array when it is to be read from the file (it must be kept alive).
+
+        The head comes first: while it is packed, its source's pages are in memory, and nothing else needs as much.
+        """
         shape = self._directory.shape
+        embedding = self._set_ends()
         for layer in range(shape.num_layers):
             for which, name in enumerate(_NORMS if shape.qk_norm else _NORMS[:2]):
                 self._set_norm(layer, which, f"model.layers.{layer}.{name}.weight")
             for which, name in enumerate(_LINEARS):
                 self._set_linear(layer, which, f"model.layers.{layer}.{name}")
         self._set_norm(_FINAL_NORM, 0, "model.norm.weight")
-        embedding = self._set_ends()
         require(native().us_model_finish(self.handle))
         return embedding
 
@@ -136,18 +107,19 @@ class _Loader:
             raise FormatError(f"{self._directory.path}: layer {name!r} {native_error()}")
 
     def _set_norm(self, layer: int, which: int, name: str) -> None:
-        values = self._files.float32(name)
+        values = self._directory.float32(name)
         self._check(native().us_model_set_norm(self.handle, layer, which, pointer(values), values.size), name)
 
     def _plain(self, name: str, row_ids: npt.NDArray[np.int64] | None = None) -> SourceWeights:
-        values = self._files.array(name)
+        values = self._directory.array(name)
         num_out, num_in = values.shape
-        return SourceWeights((num_out, num_in), values, self._files.dtype(name), row_ids=row_ids)
+        return SourceWeights((num_out, num_in), values, self._directory.dtype(name), row_ids=row_ids)
 
     def _grouped(self, name: str, bits: int, group_size: int) -> SourceWeights:
         if group_size % _GROUP:
             raise ValueError(f"group_size={group_size} is not a multiple of {_GROUP}; use 32, 64 or 128")
-        layer, files = self._directory.layers[name], self._files
+        files = self._directory
+        layer = files.layers[name]
         scale, dtype, minimum = files.array(f"{name}.weight_scale"), files.dtype(f"{name}.weight_scale"), None
         has_float_minimum = f"{name}.weight_min" in files
         if has_float_minimum and files.dtype(f"{name}.weight_min") != dtype:
@@ -166,26 +138,27 @@ class _Loader:
         group = self._directory.group(name)
         source = self._plain(f"{name}.weight") if group is None else self._grouped(name, group.bits, group.group_size)
         weights = source.native()
-        bias = self._files.float32(f"{name}.bias") if f"{name}.bias" in self._files else None
+        bias = self._directory.float32(f"{name}.bias") if f"{name}.bias" in self._directory else None
         weights.bias = pointer(bias)
         self._check(native().us_model_set_linear(self.handle, layer, which, ctypes.byref(weights)), name)
-        self._files.release(name)
+        self._directory.release(name)
 
     def _set_ends(self) -> npt.NDArray[Any] | None:
         """Head and embedding. Tied: one int8 matrix is both, unless the head's vocabulary is trimmed."""
         embedding, is_tied = "model.embed_tokens.weight", self._directory.shape.tied_embeddings
         name = embedding if is_tied else "lm_head.weight"
-        head = self._plain(name, self._head_ids).native()
-        self._check(native().us_model_set_head(self.handle, ctypes.byref(head)), name)
+        head = self._plain(name, self._head_ids)
+        self._check(native().us_model_set_head(self.handle, ctypes.byref(head.native())), name)
         values = None
         if not is_tied:
-            values = self._files.array(embedding)
-            number_type = self._plain(embedding).native().scale_type
+            whole = self._plain(embedding)
+            values = whole.codes
+            number_type = whole.native().scale_type
             self._check(native().us_model_set_embedding(self.handle, pointer(values), number_type), embedding)
         elif self._head_ids is not None:
-            whole = self._plain(embedding).native()
-            self._check(native().us_model_set_embedding_int8(self.handle, ctypes.byref(whole)), embedding)
-        self._files.release(name)
+            whole = self._plain(embedding)
+            self._check(native().us_model_set_embedding_int8(self.handle, ctypes.byref(whole.native())), embedding)
+        self._directory.release(name)
         return values
 
 

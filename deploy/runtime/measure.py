@@ -19,19 +19,25 @@ CONTEXT, REPEATS = 128, 15
 
 
 def time_rows(backend: Backend) -> dict[str, float]:
-    """Number of rows → median milliseconds of a forward that continues 128 tokens by a chain of that many."""
-    sequence, greedy = 0, SamplingParams()
+    """Number of rows → median milliseconds of a forward that continues 128 tokens by a chain of that many.
+
+    Where the model's context is shorter, it continues as many as leave room for the longest chain.
+    """
+    sequence, greedy, shape = 0, SamplingParams(), backend.shape
+    context = max(1, min(CONTEXT, shape.context_length - max(ROW_COUNTS)))
     backend.reset(sequence)
-    backend.forward(_chain(0, CONTEXT), logit_rows=[])
-    backend.keep(sequence, range(CONTEXT))
+    backend.forward(_chain(0, context, shape.vocab_size), logit_rows=[])
+    backend.keep(sequence, range(context))
     found = {}
     for count in ROW_COUNTS:
-        rows, times = _chain(CONTEXT, count), []
+        if context + count > shape.context_length:
+            break
+        rows, times = _chain(context, count, shape.vocab_size), []
         for _ in range(REPEATS):
             begin = time.perf_counter()
             backend.forward_tokens(rows, greedy)
             times.append((time.perf_counter() - begin) * 1e3)
-        found[str(count)] = statistics.median(times)
+        found[str(count)] = round(statistics.median(times), 4)
     backend.reset(sequence)
     return found
 
@@ -42,13 +48,19 @@ def answer_all(
     options: GenerationOptions,
     on_answer: Callable[[], None] = lambda: None,
 ) -> list[tuple[PromptRecord, Generation]]:
-    """Every turn of every record answered in order, each conversation from the start."""
+    """Every turn of every record answered in order, each conversation from the start.
+
+    Raises ValueError naming the record whose conversation does not fit the context.
+    """
     answers = []
     for record in records:
         messages: list[dict[str, str]] = []
         for turn in record.turns:
             messages.append({"role": "user", "content": turn})
-            result = session.generate(session.encode_chat(messages), options)
+            try:
+                result = session.generate(session.encode_chat(messages), options)
+            except ValueError as error:
+                raise ValueError(f"prompt {record.identity!r}: {error}") from error
             messages.append({"role": "assistant", "content": result.text})
             answers.append((record, result))
             on_answer()
@@ -86,5 +98,5 @@ def _rates(results: Sequence[Generation]) -> dict[str, Any]:
     }
 
 
-def _chain(start: int, count: int) -> list[Row]:
-    return [Row(100 + i, start + i, 0, i - 1 if i else SEQUENCE_END) for i in range(count)]
+def _chain(start: int, count: int, vocab_size: int) -> list[Row]:
+    return [Row((100 + i) % vocab_size, start + i, 0, i - 1 if i else SEQUENCE_END) for i in range(count)]

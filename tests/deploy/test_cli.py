@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,86 @@ def test_inspect_shows_what_the_bundle_holds(capsys, bundle):
     assert code == 0
     for text in ("tiny", "llama", "4-bit, groups of 32", "apache-2.0", "prose", "12.5", "source: kind", "128 tokens"):
         assert text in out
+
+
+def test_inspect_shows_what_would_run_it(monkeypatch, capsys, bundle):
+    monkeypatch.setenv("UNDERSTUDY_ISA", "scalar")
+    monkeypatch.setenv("UNDERSTUDY_THREADS", "3")
+    assert "scalar, 3 threads" in call(capsys, "inspect", bundle)[1]
+    monkeypatch.setenv("UNDERSTUDY_ISA", "sse9")
+    code, out, _ = call(capsys, "inspect", bundle)
+    assert code == 0
+    assert "none: UNDERSTUDY_ISA='sse9' is unknown" in out
+
+
+def test_without_the_native_library_inspect_and_the_references_work_and_generate_says_why(bundle, tmp_path):
+    environment = {**os.environ, "UNDERSTUDY_CPU_LIBRARY": str(tmp_path / "none.so")}
+
+    def deploy(*arguments):
+        command = [sys.executable, "-m", "deploy", *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    inspected = deploy("inspect", bundle)
+    assert inspected.returncode == 0
+    assert "none: " in inspected.stdout
+    assert deploy("generate", bundle, "-p", "Hi", "-n", "2", "--backend", "reference-int8").returncode == 0
+    refused = deploy("generate", bundle, "-p", "Hi")
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "none.so: the native library is missing, which UNDERSTUDY_CPU_LIBRARY names" in refused.stderr
+
+
+def test_the_default_backend_says_what_the_reference_says(capsys, bundle):
+    arguments = ["generate", bundle, "-p", "Hi", "-n", "20", "--temperature", "1.2", "--top-k", "50", "--seed", "3"]
+    default = call(capsys, *arguments)
+    assert default[0] == 0
+    assert call(capsys, *arguments, "--backend", "reference-int8") == default
+    assert call(capsys, *arguments, "--threads", "1") == default
+
+
+RATES = {"decode_tok_s", "e2e_tok_s", "ttft_ms", "rounds", "tokens"}
+
+
+def test_bench_writes_the_documented_form(capsys, bundle, tmp_path):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "new" / "result.json"
+    lines = [{"prompt": "Hi"}, {"id": "x", "category": "talk", "turns": ["a", "b"]}, {"prompt": "left out"}]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    arguments = ["bench", bundle, "--prompts", prompts, "-n", "4", "--limit", "2", "--json", out]
+    code, text, err = call(capsys, *arguments)
+    assert (code, err) == (0, "")
+    assert "talk" in text
+    result = json.loads(out.read_text())
+    assert set(result) == {"machine", "bundle", "rows_ms", "modes"}
+    assert set(result["machine"]) == {"cpu", "family_model", "cores", "isa", "threads", "load_average"}
+    assert result["bundle"] == "b"
+    assert list(result["rows_ms"]["target"]) == ["1", "2", "4", "6", "8", "12", "16"]
+    plain = result["modes"]["plain"]
+    assert set(plain) == RATES | {"peak_rss_mb", "by_category"}
+    assert set(plain["by_category"]) == {"all", "talk"}
+    assert all(set(rates) == RATES for rates in plain["by_category"].values())
+    assert plain["tokens"] == sum(rates["tokens"] for rates in plain["by_category"].values()) <= 12
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "reason"),
+    [
+        ('{"prompt": "a"}\n{"prompt": ', (), "line 2: not JSON"),
+        ('{"turns": 3}', (), "line 1: needs"),
+        ("", (), "is empty"),
+        ('{"prompt": "a"}', ("--limit", "0"), "--limit"),
+        ('{"prompt": "a"}', ("--json", "{parent}"), "is a directory"),
+        ('{"prompt": "a"}', ("--temperature", "-1"), "temperature=-1.0"),
+        ('{"id": "wide", "prompt": "' + "x" * 300 + '"}', ("-n", "1"), "prompt 'wide'"),
+    ],
+)
+def test_a_mistake_in_a_benchmark_is_one_line(capsys, bundle, tmp_path, content, more, reason):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(content)
+    filled = [argument.format(parent=tmp_path) for argument in more]
+    code, out, err = call(capsys, "bench", bundle, "--prompts", prompts, *filled)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert reason in err
 
 
 def test_verify_accepts_a_sound_bundle(capsys, bundle):

@@ -1,7 +1,10 @@
 """Loads the native library and wraps what it offers in a few small classes. numpy and ctypes only.
 
-The instruction set is the best one that this machine has, or the one that UNDERSTUDY_ISA names. Results are the same
-bits with every one of them.
+Environment variables:
+    UNDERSTUDY_ISA          the instruction set to use instead of the best one that this machine has; results are the
+                            same bits with every one of them
+    UNDERSTUDY_THREADS      how many threads to compute with (deploy/kernels/cpu/threads.py)
+    UNDERSTUDY_CPU_LIBRARY  a library file to load instead of the one beside this file, such as a sanitized build
 """
 
 from __future__ import annotations
@@ -21,10 +24,13 @@ import numpy.typing as npt
 from deploy.kernels.cpu.threads import choose_threads
 
 ISA_VARIABLE = "UNDERSTUDY_ISA"
+LIBRARY_VARIABLE = "UNDERSTUDY_CPU_LIBRARY"
 ISAS = ("avx512vnni", "avxvnni", "avx2", "scalar")  # best first
 _LIBRARY = "libunderstudy_cpu.so"
 _ABI_VERSION = 2
 _NUMBER_TYPES = {"F32": 0, "F16": 1, "BF16": 2}
+
+_logger = logging.getLogger(__name__)
 
 Float32 = npt.NDArray[np.float32]
 
@@ -137,23 +143,30 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 def library_path() -> Path:
-    """Where the build puts the library: beside this file."""
-    return Path(__file__).parent / _LIBRARY
+    """The file that UNDERSTUDY_CPU_LIBRARY names, or where the build puts the library: beside this file."""
+    named = os.environ.get(LIBRARY_VARIABLE)
+    return Path(named) if named else Path(__file__).parent / _LIBRARY
+
+
+def load_library(path: Path) -> ctypes.CDLL:
+    """The library at `path` with its signatures declared. Raises OSError, saying what to do, when it is not usable."""
+    remedy = "install the package again (`make install` or `pip install -e .`)"
+    if not path.exists():
+        named = f", which {LIBRARY_VARIABLE} names" if os.environ.get(LIBRARY_VARIABLE) else f"; {remedy}"
+        raise FileNotFoundError(f"{path}: the native library is missing{named}")
+    library = ctypes.CDLL(str(path.resolve()))
+    if getattr(library, "us_abi_version", lambda: None)() != _ABI_VERSION:
+        raise OSError(f"{path}: the native library was built from another version of the source; {remedy}")
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
 
 
 @functools.cache
 def native() -> ctypes.CDLL:
-    """The loaded library with its signatures declared. Raises RuntimeError saying how to build it when missing."""
-    path = library_path()
-    if not path.exists():
-        raise RuntimeError(f"{path} is missing; install the package again: `make install` or `pip install -e .`")
-    library = ctypes.CDLL(str(path))
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    if library.us_abi_version() != _ABI_VERSION:
-        raise RuntimeError(f"{path} was built from another version of the source; install the package again")
-    return library
+    """The library at `library_path()`, loaded once. Raises OSError, saying what to do, when it is not usable."""
+    return load_library(library_path())
 
 
 def pointer(array: npt.NDArray[Any] | None) -> int | None:
@@ -182,6 +195,13 @@ def choose_isa() -> str:
     return named
 
 
+def describe_choice(threads: int | None = None) -> str:
+    """What computes here: "avx512vnni, 2 threads; also: avx2, scalar". Raises as `choose_isa`, `choose_threads`."""
+    isa, count = choose_isa(), choose_threads(threads)
+    others = [name for name in supported_isas() if name != isa]
+    return f"{isa}, {count} thread{'s' if count > 1 else ''}" + (f"; also: {', '.join(others)}" if others else "")
+
+
 def native_error() -> str:
     """Why the last native call of this thread failed."""
     return str(native().us_error().decode("utf-8", "replace"))
@@ -202,7 +222,6 @@ class Runtime:
         if not self.handle:
             raise RuntimeError(native_error())
         self._process = os.getpid()
-        logging.getLogger(__name__).info("native kernels: %s on %d threads", self.isa, self.threads)
 
     def __del__(self) -> None:
         # A forked child has this object but not its threads, so it cannot wait for them.
@@ -240,6 +259,7 @@ def shared_runtime(threads: int | None = None) -> Runtime:
     key = (choose_isa(), choose_threads(threads))
     if key not in _shared:
         _shared[key] = Runtime(key[1], key[0])
+        _logger.info("native kernels: %s", describe_choice(threads))
     return _shared[key]
 
 

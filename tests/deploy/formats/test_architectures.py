@@ -73,6 +73,7 @@ def test_a_sliding_window_caps_the_context(tiny, model_type, changes, expected):
         ("llama", {"num_hidden_layers": 2**70}, "num_hidden_layers=.*from 1 to 4096"),
         ("llama", {"vocab_size": 2**31}, "vocab_size"),
         ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps"),
         ("qwen2", {"layer_types": ["linear_attention"]}, "layer_types"),
     ],
 )

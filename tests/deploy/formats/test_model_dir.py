@@ -42,6 +42,24 @@ def test_rows_are_those_of_the_whole_tensor(tmp_path, tiny):
     assert np.array_equal(model.rows_float32("model.embed_tokens.weight", rows), whole[rows])
 
 
+def test_tensors_are_given_in_the_files_own_types_wherever_they_lie(tmp_path, tiny):
+    directory = tiny.model(tmp_path / "m", tiny.config(), tiny.Quantized())
+    names = {"model.norm.weight": np.uint16, "model.layers.0.self_attn.q_proj.weight_packed": np.int32}
+    with ModelDirectory.open(directory) as model:
+        arrays = {name: model.array(name).copy() for name in names}
+        assert "model.norm.weight" in model
+        assert "model.norm.bias" not in model
+    file = directory / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    file.write_bytes((length + 1).to_bytes(8, "little") + data[8 : 8 + length] + b" " + data[8 + length :])
+    moved = ModelDirectory.open(directory)
+    for name, dtype in names.items():
+        assert arrays[name].dtype == dtype
+        assert moved.array(name).flags.aligned
+        assert np.array_equal(moved.array(name), arrays[name])
+
+
 def test_a_sharded_model_reads_the_same(tmp_path, tiny):
     one = tiny.model(tmp_path / "one", tiny.config(tie_word_embeddings=False))
     AutoModelForCausalLM.from_pretrained(one, dtype="auto").save_pretrained(tmp_path / "many", max_shard_size="60KB")

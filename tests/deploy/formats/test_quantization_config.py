@@ -53,6 +53,8 @@ def test_names_win_over_patterns_and_patterns_over_linear():
         ("group.input_activations", {"num_bits": 8}),
         ("group.targets", []),
         ("group.weights.num_bits", 3),
+        ("group.weights.num_bits", 4.0),
+        ("group.weights.dynamic", []),
         ("group.weights.type", "float"),
         ("group.weights.strategy", "channel"),
         ("group.weights.group_size", None),

@@ -121,6 +121,7 @@ REFUSED = {
     "reversed": ({"a": entry(begin=8, end=0)}, b"\0" * 8, "needs 8"),
     "length": ({"a": entry(end=12)}, b"\0" * 12, "needs 8"),
     "dtype": ({"a": entry(dtype="F4")}, b"\0" * 8, "unsupported dtype 'F4'"),
+    "dtype that is a list": ({"a": entry(dtype=["F32"])}, b"\0" * 8, "unsupported dtype"),
     "shape": ({"a": entry(shape=(-2,))}, b"\0" * 8, "shape"),
     "huge shape": ({"a": entry(shape=(2**62, 2**62))}, b"\0" * 8, "needs"),
     "boolean offset": ({"a": {"dtype": "U8", "shape": [1], "data_offsets": [False, True]}}, b"\0", "data_offsets"),
@@ -128,6 +129,7 @@ REFUSED = {
     "metadata": ({"__metadata__": {"a": 1}}, b"", "__metadata__"),
     "array header": ([], b"", "not a JSON object"),
     "duplicate": (b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{}}', b"", "duplicate"),
+    "many duplicates": (b"{%s}" % (b'"a":0,"b":0,' * 200_000)[:-1], b"", "duplicate key"),
     "not json": (b"\xff\xfe{", b"", "not valid JSON"),
     "deep": (b"[" * 100_000, b"", "not valid JSON"),
 }

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from deploy.kernels.cpu import library
-from deploy.kernels.cpu.library import ISAS, choose_isa, supported_isas
+from deploy.kernels.cpu.library import (
+    ISAS,
+    choose_isa,
+    describe_choice,
+    library_path,
+    load_library,
+    supported_isas,
+)
 from deploy.kernels.cpu.threads import cgroup_quota, choose_threads
 from deploy.kernels.reference.fp32 import exp32, round_half
 
@@ -48,6 +55,37 @@ def test_an_instruction_set_that_the_machine_lacks_is_an_error(monkeypatch):
     monkeypatch.setenv("UNDERSTUDY_ISA", "avx2")
     with pytest.raises(ValueError, match="not supported by this machine; use scalar"):
         choose_isa()
+
+
+def test_a_machine_with_less_gets_the_next_best(monkeypatch):
+    """What each machine can run is asked of the processor; a lesser one is imitated here."""
+    monkeypatch.delenv("UNDERSTUDY_ISA", raising=False)
+    monkeypatch.setenv("UNDERSTUDY_THREADS", "1")
+    for count in range(1, len(ISAS) + 1):
+        monkeypatch.setattr(library, "supported_isas", lambda count=count: ISAS[-count:])
+        assert choose_isa() == ISAS[-count]
+        others = f"; also: {', '.join(ISAS[len(ISAS) - count + 1 :])}" if count > 1 else ""
+        assert describe_choice() == f"{ISAS[-count]}, 1 thread{others}"
+
+
+def test_another_library_file_can_be_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("UNDERSTUDY_CPU_LIBRARY", str(tmp_path / "other.so"))
+    assert library_path() == tmp_path / "other.so"
+    with pytest.raises(OSError, match=r"other\.so: .*missing, which UNDERSTUDY_CPU_LIBRARY names"):
+        load_library(library_path())
+    (tmp_path / "other.so").write_bytes(b"not a library")
+    with pytest.raises(OSError, match=r"other\.so"):
+        load_library(library_path())
+    monkeypatch.delenv("UNDERSTUDY_CPU_LIBRARY")
+    assert library_path().parent.name == "cpu"
+    with pytest.raises(OSError, match=r"make install"):
+        load_library(tmp_path / "none.so")
+
+
+def test_a_library_of_another_version_is_refused(monkeypatch):
+    monkeypatch.setattr(library, "_ABI_VERSION", 999)
+    with pytest.raises(OSError, match="another version of the source; install"):
+        load_library(library_path())
 
 
 def test_the_number_of_threads_comes_from_argument_variable_or_affinity(monkeypatch):
