@@ -53,6 +53,37 @@ def time_rows(backend: CpuBackend, rows: list[int], context: int, repeats: int) 
     return timed
 
 
+def time_phases(backend: CpuBackend, count: int, context: int, repeats: int) -> dict[str, Any]:
+    """Where the time of a call of `count` rows goes: milliseconds by phase, and how fast weights are read.
+
+    One call's: the one at the first quartile of their sums, so that a disturbed call does not show.
+    """
+    fill(backend, context)
+    rows = chain(list(range(100, 100 + count)), context)
+    calls = []
+    for _ in range(repeats):
+        begin, spent = time.perf_counter(), dict[str, float]()
+        with backend.phase_times(spent):
+            backend.forward_tokens(rows, _GREEDY)
+        whole = time.perf_counter() - begin
+        calls.append(spent | {"python": whole - sum(spent.values())})
+    best = sorted(calls, key=lambda spent: sum(spent.values()))[repeats // 4]
+    linear = sum(best[name] for name in ("qkv", "output", "mlp", "head"))
+    return {
+        "ms": {name: 1e3 * value for name, value in best.items()},
+        "linear_gb_s": backend.weight_bytes / linear / 1e9,
+    }
+
+
+def show_phases(count: int, context: int, found: dict[str, Any], read: float) -> None:
+    parts = ", ".join(f"{name} {value:.3f}" for name, value in found["ms"].items())
+    speed = found["linear_gb_s"]
+    print(f"{count} rows at {context}, ms: {parts}")
+    print(
+        f"  linear layers read their weights at {speed:.1f} GB/s, {speed * 1e9 / read:.0%} of what mere reading reaches"
+    )
+
+
 def time_prefill(backend: CpuBackend, count: int, repeats: int) -> dict[str, float]:
     backend.reset(0)
     rows = chain(random_tokens(backend, count), 0)
@@ -119,6 +150,12 @@ def main() -> None:
         result["rows_ms"][str(context)] = time_rows(backend, arguments.rows, context, arguments.repeats)
         show_rows(context, result["rows_ms"][str(context)])
     result["resident_mb"]["longest_context"] = resident_mb()
+    read = max(backend.runtime.read_bandwidth(192 << 20, 4) for _ in range(4))
+    result["read_gb_s"], result["phases"] = read / 1e9, {}
+    for count, context in [(1, n) for n in contexts] + [(6, n) for n in contexts[:1]]:
+        found = time_phases(backend, count, context, arguments.repeats)
+        result["phases"][f"{count} rows at {context}"] = found
+        show_phases(count, context, found, read)
     prefill = result["prefill"] = time_prefill(backend, arguments.prefill, max(3, arguments.repeats // 6))
     print(f"prefill of {arguments.prefill}: {prefill['median']:.1f} ms, {prefill['tok_s']:.0f} tok/s")
     context = contexts[0] if contexts else 8

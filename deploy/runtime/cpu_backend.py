@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from deploy.formats.architectures import ModelShape
 from deploy.formats.errors import FormatError
 from deploy.formats.model_dir import ModelDirectory
 from deploy.kernels.cpu.library import (
+    PHASES,
     Call,
     Float32,
     Runtime,
@@ -260,6 +262,22 @@ class CpuBackend:
     def cache_bytes(self) -> int:
         """Memory of all sequences' keys and values."""
         return int(native().us_model_cache_bytes(self._handle))
+
+    @contextmanager
+    def phase_times(self, into: dict[str, float]) -> Iterator[None]:
+        """Adds the seconds of the forward passes within the `with` block to `into`, by kind of phase.
+
+        Inputs of up to eight rows are quantized within the phase of the linear layers that read them.
+        """
+        require(native().us_model_time_phases(self._handle, 1))
+        try:
+            yield
+        finally:
+            seconds = np.zeros(len(PHASES))
+            native().us_model_phase_times(self._handle, pointer(seconds))
+            require(native().us_model_time_phases(self._handle, 0))
+            for name, spent in zip(PHASES, seconds.tolist(), strict=True):
+                into[name] = into.get(name, 0.0) + spent
 
     def length(self, sequence: int) -> int:
         return self._lengths.get(sequence, 0)

@@ -27,7 +27,8 @@ ISA_VARIABLE = "UNDERSTUDY_ISA"
 LIBRARY_VARIABLE = "UNDERSTUDY_CPU_LIBRARY"
 ISAS = ("avx512vnni", "avxvnni", "avx2", "scalar")  # best first
 _LIBRARY = "libunderstudy_cpu.so"
-_ABI_VERSION = 2
+_ABI_VERSION = 3
+PHASES = ("other", "quantize", "qkv", "attention", "output", "mlp", "head", "sampling")
 _NUMBER_TYPES = {"F32": 0, "F16": 1, "BF16": 2}
 
 _logger = logging.getLogger(__name__)
@@ -137,6 +138,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "us_model_forward": (c_int, (_HANDLE, POINTER(Call))),
     "us_model_keep": (c_int, (_HANDLE, c_int64, c_void_p, c_int64)),
     "us_model_truncate": (c_int, (_HANDLE, c_int64, c_int64)),
+    "us_model_time_phases": (c_int, (_HANDLE, c_int32)),
+    "us_model_phase_times": (None, (_HANDLE, c_void_p)),
     "us_model_length": (c_int64, (_HANDLE, c_int64)),
     "us_model_reset": (None, (_HANDLE, c_int64)),
 }

@@ -1,12 +1,13 @@
 """The native backend against the reference: logits, taps and tokens, bit for bit."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 
 from deploy.formats.errors import FormatError
-from deploy.kernels.cpu.library import ISAS, supported_isas
+from deploy.kernels.cpu.library import ISAS, PHASES, supported_isas
 from deploy.kernels.reference.model import ReferenceBackend
 from deploy.runtime.backend import Row
 from deploy.runtime.cpu_backend import CpuBackend
@@ -406,3 +407,21 @@ def test_shards_load_like_one_file(tmp_path, tiny):
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     (path / "model.safetensors").unlink()
     np.testing.assert_array_equal(CpuBackend(path).forward(rows).logits, expected)
+
+
+def test_phases_are_timed_only_when_asked_for_and_change_nothing(directory):
+    backend, rows, times = CpuBackend(directory), chain([5, 6, 7]), {}
+    expected = backend.forward_tokens(rows, SamplingParams(temperature=1.0, seed=3)).tokens
+    begin = time.perf_counter()
+    with backend.phase_times(times):
+        assert backend.forward_tokens(rows, SamplingParams(temperature=1.0, seed=3)).tokens == expected
+    whole = time.perf_counter() - begin
+    assert set(times) == set(PHASES)
+    assert all(times[name] > 0 for name in ("qkv", "attention", "output", "mlp", "head", "sampling"))
+    assert times["quantize"] == 0  # three rows: within the linear layers' phases
+    assert 0 < sum(times.values()) < whole
+    before = dict(times)
+    backend.forward_tokens(rows, SamplingParams())
+    with backend.phase_times(times):
+        pass
+    assert times == before

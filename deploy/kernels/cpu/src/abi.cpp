@@ -285,4 +285,10 @@ int64_t us_model_length(const us_model* model, int64_t sequence) { return model-
 
 void us_model_reset(us_model* model, int64_t sequence) { model->model.reset(sequence); }
 
+int us_model_time_phases(us_model* model, int32_t is_wanted) {
+  return status([&] { model->model.time_phases(is_wanted != 0); });
+}
+
+void us_model_phase_times(const us_model* model, double* seconds) { model->model.phase_times(seconds); }
+
 }  // extern "C"

@@ -94,7 +94,7 @@ void Forward::run_layers(const us_call& call, int64_t begin, int64_t end) {
   }
   if (tap != last_tap) add(kTap, static_cast<int32_t>(tap - call.tap_layers), num_rows_);
   ++serial_;
-  model_.runtime_->pool.execute(*this);
+  execute();
 }
 
 void Forward::add_layer_phases(int32_t layer) {
@@ -137,7 +137,22 @@ void Forward::run_head(const us_call& call, const std::vector<int64_t>& indices)
   add(kHead, 0, items_of(kHead, 0));
   if (call.sampling) add(kChoose, 0, num_head_);
   ++serial_;
+  execute();
+}
+
+void Forward::execute() {
   model_.runtime_->pool.execute(*this);
+  if (!is_timed) return;
+  // kTap and kEmbed are "other"; kPrepare and what follows have names of their own, but for rotation, which attends.
+  constexpr std::array<int32_t, kChoose + 1> kTimeOf = {0, 0, 1, 2, 3, 3, 4, 5, 5, 6, 7};
+  double before = begin;
+  for (size_t i = 0; i < phases.size(); before = ends[i++])
+    times_[static_cast<size_t>(kTimeOf[static_cast<size_t>(phases[i].kind)])] += ends[i] - before;
+}
+
+void Forward::time_phases(bool is_wanted) {
+  is_timed = is_wanted;
+  times_.fill(0.0);
 }
 
 void Forward::run(const Phase& phase, int32_t item, int32_t thread) {

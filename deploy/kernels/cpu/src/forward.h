@@ -1,6 +1,7 @@
 // The forward pass as a program of phases over a chunk of at most kMaxRows rows.
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "model.h"
@@ -12,7 +13,12 @@ class Forward : public Program {
  public:
   explicit Forward(Model& model);
 
+  // What a phase is counted as when forward passes are timed; names in deploy/kernels/cpu/library.py.
+  static constexpr int32_t kNumTimes = US_NUM_TIMES;
+
   void run_call(const us_call& call);
+  void time_phases(bool is_wanted);
+  const std::array<double, kNumTimes>& times() const { return times_; }
   void run(const Phase& phase, int32_t item, int32_t thread) override;
 
  private:
@@ -49,6 +55,7 @@ class Forward : public Program {
 
   void run_layers(const us_call& call, int64_t begin, int64_t end);
   void run_head(const us_call& call, const std::vector<int64_t>& indices);
+  void execute();
   void add_layer_phases(int32_t layer);
   void add_source(Source source, int32_t layer, int32_t rows);
   void add(Kind kind, int32_t layer, int32_t items) { phases.push_back({kind, layer, items}); }
@@ -88,6 +95,7 @@ class Forward : public Program {
   int64_t begin_ = 0;
   int32_t num_rows_ = 0, num_head_ = 0, group_rows_ = 1, num_groups_ = 0;
   bool rotates_first_ = false;
+  std::array<double, kNumTimes> times_{};  // seconds
   int64_t serial_ = 0;  // of the program, so that no thread takes old inputs for new ones
   Buffer<float> x_, qkv_, attention_, head_x_, logits_;
   std::vector<float*> logit_rows_;

@@ -229,4 +229,14 @@ int64_t Model::cache_bytes() const {
   return static_cast<int64_t>(bytes);
 }
 
+void Model::time_phases(bool is_wanted) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  forward_->time_phases(is_wanted);
+}
+
+void Model::phase_times(double* seconds) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::copy(forward_->times().begin(), forward_->times().end(), seconds);
+}
+
 }  // namespace understudy

@@ -44,6 +44,8 @@ class Model {
   void reset(int64_t sequence);
   int64_t weight_bytes() const { return static_cast<int64_t>(arena_.allocated()); }
   int64_t cache_bytes() const;
+  void time_phases(bool is_wanted);
+  void phase_times(double* seconds) const;
 
  private:
   friend class Forward;

@@ -107,6 +107,7 @@ void Pool::publish(uint32_t epoch, int32_t items) {
 void Pool::finish_items(uint32_t epoch, int32_t count) {
   if (unfinished_.fetch_sub(count, std::memory_order_acq_rel) != count) return;
   const uint32_t next = epoch + 1 - first_epoch_;
+  if (program_->is_timed) program_->ends[next - 1] = seconds(CLOCK_MONOTONIC);
   if (next < program_->phases.size()) publish(epoch + 1, program_->phases[next].items);
   advance(epoch + 1);
 }
@@ -181,6 +182,10 @@ void Pool::execute(Program& program) {
   const DefaultRounding rounding;
   choose_active();
   program_ = &program;
+  if (program.is_timed) {
+    program.ends.assign(program.phases.size(), 0.0);
+    program.begin = seconds(CLOCK_MONOTONIC);
+  }
   first_epoch_ = epoch_.load(std::memory_order_relaxed) + 1;
   publish(first_epoch_, program.phases[0].items);
   advance(first_epoch_);

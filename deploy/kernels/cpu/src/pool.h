@@ -24,6 +24,9 @@ class Program {
   virtual ~Program() = default;
   virtual void run(const Phase& phase, int32_t item, int32_t thread) = 0;
   std::vector<Phase> phases;  // every one with 1 … 65535 items
+  bool is_timed = false;
+  double begin = 0.0;        // seconds, where timed
+  std::vector<double> ends;  // [phases]: when each was finished, where timed
 };
 
 class Pool {

@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 #define US_API __attribute__((visibility("default")))
-#define US_ABI_VERSION 2
+#define US_ABI_VERSION 3
 
 typedef struct us_runtime us_runtime;
 typedef struct us_matrix us_matrix;
@@ -119,6 +119,12 @@ US_API int us_model_keep(us_model*, int64_t sequence, const int32_t* rows, int64
 US_API int us_model_truncate(us_model*, int64_t sequence, int64_t length);
 US_API int64_t us_model_length(const us_model*, int64_t sequence);
 US_API void us_model_reset(us_model*, int64_t sequence);
+/* Times of the forward passes from now on, summed by kind of phase; 0 ends it. */
+US_API int us_model_time_phases(us_model*, int32_t is_wanted);
+#define US_NUM_TIMES 8
+/* seconds [US_NUM_TIMES]: other, quantize, qkv, attention, output, mlp, head, sampling. Inputs of few rows are
+ * quantized by every thread within the phase of the linear layer that reads them. */
+US_API void us_model_phase_times(const us_model*, double* seconds);
 
 #ifdef __cplusplus
 }
