@@ -12,8 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compress.calibration.generate import Continuation, SamplingRule, drop_most_perplexing, sample_continuations
-
-MARKER = "\u2063user turn\u2063"
+from deploy.formats.chat import TURN_MARKER, around_user_turn
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,9 @@ class ChatFrame:
         cls, render: Callable[[list[dict[str, str]]], str], end_tokens: list[str], bos_token: str | None = None
     ) -> "ChatFrame":
         """render: messages → prompt with the generation header; end_tokens: the texts that may close a turn."""
-        start, after = render([{"role": "user", "content": MARKER}]).split(MARKER)
-        messages = [{"role": "system", "content": MARKER}, {"role": "user", "content": MARKER}]
+        start, after = around_user_turn(render)
         try:
-            header = render(messages).split(MARKER)[1]
+            header = around_user_turn(render, [{"role": "system", "content": TURN_MARKER}])[0].split(TURN_MARKER)[1]
         except jinja2.TemplateError:  # some templates refuse a system message; they write none of their own either
             return cls(system="", before=start, after=after)
         for end in end_tokens:

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
@@ -18,6 +19,12 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
+
+from deploy.formats.errors import FormatError
+from deploy.formats.model_dir import read_json
+
+TURN_MARKER = "\u2063turn\u2063"
+"""Stands for a turn's text while a template is taken apart; no template writes it, none trims it."""
 
 
 class ChatTemplateError(ValueError):
@@ -60,7 +67,7 @@ class ChatTemplate:
     """A compiled template. Raises ChatTemplateError (a ValueError) when the source does not compile."""
 
     def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "") -> None:
-        self.source = source
+        self.source, self.bos_token = source, bos_token
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
@@ -72,6 +79,25 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise ChatTemplateError(f"the chat template does not compile: {error}") from error
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> ChatTemplate:
+        """`chat_template.jinja` with the special tokens that `tokenizer_config.json` beside it names.
+
+        Raises FormatError (a ValueError) naming the file that is missing or not readable.
+        """
+        tokens = read_json(directory / "tokenizer_config.json")
+
+        def text(key: str) -> str:
+            value = tokens.get(key) or ""
+            return str(value.get("content", "")) if isinstance(value, dict) else str(value)
+
+        path = directory / "chat_template.jinja"
+        try:
+            source = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise FormatError(f"{path}: not readable: {error}") from error
+        return cls(source, bos_token=text("bos_token"), eos_token=text("eos_token"))
 
     @property
     def identity(self) -> str:
@@ -91,3 +117,17 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError) as error:
             raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
+
+
+def around_user_turn(
+    render: Callable[[list[dict[str, str]]], str], earlier: Sequence[Mapping[str, str]] = ()
+) -> tuple[str, str]:
+    """What a template writes before a user turn that follows the `earlier` messages, and between it and the answer.
+
+    The first part is what an instruction model continues with a user turn of its own (Magpie, arXiv 2406.08464); it
+    holds nothing but the earlier messages where a template has no header for users. render: messages → prompt with the
+    generation header. Raises what `render` raises.
+    """
+    messages = [dict(message) for message in earlier]
+    before, _, after = render([*messages, {"role": "user", "content": TURN_MARKER}]).rpartition(TURN_MARKER)
+    return before, after

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -86,51 +85,61 @@ class _Writer:
 
 
 class Stream:
-    """One request in flight: its sequence, its tokens so far, and how many of them the cache holds."""
+    """One request in flight: its sequence, its tokens so far, and how many of them the cache holds.
+
+    Text is made while tokens come only where someone needs it then: a listener, or a stop string to look for.
+    """
 
     def __init__(self, request: Request, sequence: int, tokenizer: Tokenizer, num_cached: int) -> None:
         self.request, self.sequence = request, sequence
         self.path = list(request.prompt)
         self.num_kept = self.num_reused = num_cached
         self.finish_reason: FinishReason | None = None
-        self._writer = _Writer(tokenizer, request.options.stop, request.on_text)
+        self._tokenizer = tokenizer
+        is_text_needed = bool(request.options.stop) or request.on_text is not None
+        self._writer = _Writer(tokenizer, request.options.stop, request.on_text) if is_text_needed else None
+        self._num_prompt, self._max_tokens = len(self.path), request.options.max_tokens
         self._start, self._prefilled = time.perf_counter(), 0.0
 
     def rows(self, begin: int, budget: int) -> list[Row]:
         """At most `budget` rows that come next; `begin`: the index in the call of the first one."""
-        end = min(len(self.path), self.num_kept + budget)
-        return [
-            Row(self.path[p], p, self.sequence, begin + i - 1 if i else SEQUENCE_END)
-            for i, p in enumerate(range(self.num_kept, end))
-        ]
+        first = self.num_kept
+        end = min(len(self.path), first + budget)
+        rows = [Row(self.path[first], first, self.sequence, SEQUENCE_END)]
+        rows += [Row(self.path[p], p, self.sequence, begin + p - first - 1) for p in range(first + 1, end)]
+        return rows
 
     def accept(self, token: int, eos: frozenset[int]) -> None:
         """The token that follows the path; decides whether the answer ends with it."""
         if not self._prefilled:
             self._prefilled = time.perf_counter()
         self.path.append(token)
-        num_new = len(self.path) - len(self.request.prompt)
         if token in eos:
             self.finish_reason = "eos"
-        elif self._writer.write(token):
+        elif self._writer is not None and self._writer.write(token):
             self.finish_reason = "stop"
-        elif num_new == self.request.options.max_tokens:
+        elif len(self.path) - self._num_prompt == self._max_tokens:
             self.finish_reason = "length"
-        if self.finish_reason not in (None, "stop") and self._writer.finish():
+        if self._writer is not None and self.finish_reason not in (None, "stop") and self._writer.finish():
             self.finish_reason = "stop"
 
     def result(self) -> Generation:
         """The finished answer."""
         assert self.finish_reason is not None
+        token_ids = tuple(self.path[self._num_prompt :])
         return Generation(
-            text="".join(self._writer.pieces),
-            token_ids=tuple(self.path[len(self.request.prompt) :]),
+            text="".join(self._writer.pieces) if self._writer is not None else self._decoded(token_ids),
+            token_ids=token_ids,
             finish_reason=self.finish_reason,
-            num_prompt_tokens=len(self.request.prompt),
+            num_prompt_tokens=self._num_prompt,
             num_cached_tokens=self.num_reused,
             prefill_seconds=self._prefilled - self._start,
             decode_seconds=time.perf_counter() - self._prefilled,
         )
+
+    def _decoded(self, token_ids: tuple[int, ...]) -> str:
+        shown = token_ids[:-1] if self.finish_reason == "eos" else token_ids
+        return str(self._tokenizer.decode(list(shown), skip_special_tokens=True))
 
 
 def step(backend: Backend, streams: Sequence[Stream], eos: frozenset[int]) -> None:
@@ -153,28 +162,3 @@ def step(backend: Backend, streams: Sequence[Stream], eos: frozenset[int]) -> No
         stream.num_kept += len(part)
     for (stream, _), token in zip(complete, chosen.tokens, strict=True):
         stream.accept(token, eos)
-
-
-def run_requests(
-    backend: Backend,
-    tokenizer: Tokenizer,
-    requests: Iterable[Request],
-    sequences: Sequence[int],
-    eos: frozenset[int],
-) -> Iterator[tuple[int, Generation]]:
-    """Answers the requests, as many at a time as there are free `sequences`; yields (index, answer) as they end.
-
-    An answer does not depend on which others are in flight: a row's result is its own (docs/numerics.md).
-    """
-    waiting = deque(enumerate(requests))
-    free, active = deque(sequences), dict[int, Stream]()
-    while waiting or active:
-        while waiting and free:
-            index, request = waiting.popleft()
-            active[index] = Stream(request, free.popleft(), tokenizer, num_cached=0)
-        step(backend, list(active.values()), eos)
-        for index in [index for index, stream in active.items() if stream.finish_reason]:
-            stream = active.pop(index)
-            backend.reset(stream.sequence)
-            free.append(stream.sequence)
-            yield index, stream.result()

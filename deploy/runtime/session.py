@@ -11,7 +11,8 @@ from deploy.formats.chat import ChatTemplate
 from deploy.formats.errors import BundleError
 from deploy.runtime.backend import Backend
 from deploy.runtime.backends import BackendName, open_backend
-from deploy.runtime.generation import Generation, GenerationOptions, Request, Stream, run_requests, step
+from deploy.runtime.generation import Generation, GenerationOptions, Request, Stream, step
+from deploy.runtime.scheduler import Scheduler, shared_length
 
 CHAT_SEQUENCE = 0
 """The sequence of single answers, whose cache is kept for the next turn; `generate_many` uses those above it."""
@@ -82,7 +83,7 @@ class Session:
         together with max_tokens.
         """
         self._check_length(prompt, options.max_tokens)
-        num_shared = _shared_length(self._cached, prompt[:-1])  # the last token is run to get what follows it
+        num_shared = shared_length(self._cached, prompt[:-1])  # the last token is run to get what follows it
         self.backend.truncate(CHAT_SEQUENCE, num_shared)
         stream = Stream(Request(prompt, options, on_text), CHAT_SEQUENCE, self.tokenizer, num_shared)
         try:
@@ -104,12 +105,7 @@ class Session:
         for request in requests:
             self._check_length(request.prompt, request.options.max_tokens)
         sequences = range(CHAT_SEQUENCE + 1, CHAT_SEQUENCE + 1 + num_sequences)
-        return run_requests(self.backend, self.tokenizer, requests, sequences, self._eos)
-
-
-def _shared_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the longest common beginning."""
-    for index, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return index
-    return min(len(first), len(second))
+        scheduler = Scheduler(self.backend, self.tokenizer, sequences, self._eos)
+        for request in requests:
+            scheduler.submit(request)
+        return scheduler.answers()

@@ -1,7 +1,8 @@
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from deploy.formats.chat import ChatTemplate, ChatTemplateError
+from deploy.formats.chat import ChatTemplate, ChatTemplateError, around_user_turn
+from deploy.formats.errors import FormatError
 
 MESSAGES = [
     {"role": "system", "content": "Be <kind> & brief."},
@@ -61,3 +62,30 @@ def test_the_date_can_be_asked_for():
 
 def test_the_identity_is_the_sources():
     assert ChatTemplate("a").identity == ChatTemplate("a", bos_token="x").identity != ChatTemplate("b").identity
+
+
+def renderer(source):
+    return lambda messages: ChatTemplate(source).render(messages, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("name", ["chatml", "generation"])
+@pytest.mark.parametrize("earlier", [[], MESSAGES])
+def test_the_parts_around_a_user_turn_join_to_the_prompt(name, earlier):
+    render = renderer(SOURCES[name])
+    before, after = around_user_turn(render, earlier)
+    assert before + "Why?" + after == render([*earlier, {"role": "user", "content": "Why?"}])
+
+
+def test_nothing_but_earlier_messages_comes_before_a_turn_without_a_header():
+    assert around_user_turn(renderer(SOURCES["generation"])) == ("", "")
+    assert around_user_turn(renderer(SOURCES["generation"]), MESSAGES)[0] == "".join(m["content"] for m in MESSAGES)
+
+
+def test_a_directory_gives_template_and_special_tokens(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "</s>"}}')
+    with pytest.raises(FormatError, match=r"chat_template\.jinja: not readable"):
+        ChatTemplate.from_directory(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(SOURCES["tokens"])
+    found = ChatTemplate.from_directory(tmp_path)
+    assert found.render([{"content": " a "}], add_generation_prompt=False) == "<s>a</s>"
+    assert found.bos_token == "<s>"

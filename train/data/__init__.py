@@ -1,0 +1,1 @@
+"""Training data that the target itself writes: prompts, engines that sample, conversations on disk."""

@@ -1,0 +1,1 @@
+"""Engines that sample from the target, behind one interface (`base.Engine`)."""
