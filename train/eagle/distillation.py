@@ -1,0 +1,131 @@
+"""Soft cross-entropy of the head against the target, over the draft vocabulary, without ever holding all logits.
+
+    loss = Σ_i w_i · −Σ_v p_i(v) log q_i(v),     d loss / d logits_i = w_i (q_i − p_i)        (Σ_v p_i(v) = 1)
+
+The gradient needs nothing that the loss does not, so both come from one pass in which a slice of logits is computed
+once, becomes its own gradient in place, and is forgotten (Liger-Kernel's fused linear cross-entropy, arXiv 2410.10989,
+section 3.2). Drafts of one token by different steps have the same target distribution: they lie side by side, and it is
+computed once for all of them.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from train.eagle.elementwise import rms_normalize
+
+ROWS_PER_SLICE = 640
+"""Rows of logits at once: enough for products to run at full speed, and 20 MB with a vocabulary of 8192."""
+ROWS_PER_BLOCK = 32
+"""Rows at a time that stay in the processor's cache while they turn from logits into gradients."""
+
+
+class Teacher(nn.Module):
+    """The target's last step: its distribution over the draft vocabulary, from what enters its final norm.
+
+    norm: float [H], the target's final norm. rows: float [D, H], its lm_head's rows of the draft vocabulary.
+    """
+
+    rows: Tensor
+
+    def __init__(self, norm: Tensor, rows: Tensor, rms_norm_eps: float) -> None:
+        super().__init__()
+        self.rms_norm_eps = rms_norm_eps
+        self.register_buffer("rows", rows * norm, persistent=False)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """states: float [n, H] before the final norm. Returns [n, D]."""
+        return torch.nn.functional.linear(rms_normalize(states, self.rms_norm_eps), self.rows)
+
+
+class Drafts(NamedTuple):
+    """What is scored, drafts of the same token side by side.
+
+    states: [N, H], ready for lm_head. teacher_states: [M, H] before the target's final norm, one for every token.
+    token: int64 [N], ascending, which of the M each draft is of. weight: float [N].
+    """
+
+    states: Tensor
+    teacher_states: Tensor
+    token: Tensor
+    weight: Tensor
+
+
+class Scores(NamedTuple):
+    """Sums over drafts: the weighted loss, the cross-entropy, and how many drafts are the target's likeliest token."""
+
+    loss: Tensor
+    cross_entropy: Tensor
+    agreement: Tensor
+
+
+def distill(drafts: Drafts, lm_head: Tensor, teacher: Teacher) -> Scores:
+    """Scores of `drafts`; `loss` is differentiable with respect to their states and lm_head [D, H]."""
+    states, *rest = drafts
+    return Scores(*_Distillation.apply(states, lm_head, *rest, teacher))
+
+
+class _Distillation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        lm_head: Tensor,
+        teacher_states: Tensor,
+        token: Tensor,
+        weight: Tensor,
+        teacher: Teacher,
+    ) -> Any:
+        device = states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else lm_head.dtype
+        matrix = lm_head.to(dtype)
+        needs_grad = any(ctx.needs_input_grad)
+        grad_states = torch.empty_like(states) if needs_grad else None
+        grad_lm_head = torch.zeros_like(lm_head) if needs_grad else None
+        sums = states.new_zeros(3, dtype=torch.promote_types(lm_head.dtype, torch.float32))
+        buffer = states.new_empty(min(ROWS_PER_SLICE, len(states)), len(lm_head), dtype=dtype)
+        for begin in range(0, len(states), ROWS_PER_SLICE):
+            part = slice(begin, begin + ROWS_PER_SLICE)
+            state = states[part].to(dtype)
+            logits = torch.mm(state, matrix.t(), out=buffer[: len(state)])
+            tokens, which = token[part].unique_consecutive(return_inverse=True)
+            sums += _score_and_differentiate(logits, teacher.logits(teacher_states[tokens]), which, weight[part])
+            if grad_states is not None and grad_lm_head is not None:
+                weighted = weight[part, None].to(dtype)
+                grad_states[part] = torch.mm(logits, matrix) * weighted
+                _add_product(grad_lm_head, logits.t(), state * weighted)
+        ctx.save_for_backward(grad_states, grad_lm_head)
+        loss, cross_entropy, agreement = (total.clone() for total in sums)
+        ctx.mark_non_differentiable(cross_entropy, agreement)
+        return loss, cross_entropy, agreement
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
+        grad_states, grad_lm_head = ctx.saved_tensors
+        return grad_states * grad_loss, grad_lm_head * grad_loss, None, None, None, None
+
+
+def _score_and_differentiate(logits: Tensor, teacher_logits: Tensor, which: Tensor, weight: Tensor) -> Tensor:
+    """The three sums of `Scores` for a slice; `logits` [n, D] become q − p in place."""
+    probabilities = teacher_logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    likeliest = probabilities.argmax(-1)
+    sums = weight.new_zeros(3, dtype=probabilities.dtype)
+    for begin in range(0, len(logits), ROWS_PER_BLOCK):
+        block = slice(begin, begin + ROWS_PER_BLOCK)
+        target = probabilities[which[block]]
+        log_draft = logits[block].log_softmax(-1, dtype=target.dtype)
+        cross_entropy = -torch.linalg.vecdot(target, log_draft)
+        best = log_draft.gather(1, likeliest[which[block], None])[:, 0]
+        agreement = best >= log_draft.amax(-1)
+        sums += torch.stack([cross_entropy @ weight[block].to(target.dtype), cross_entropy.sum(), agreement.sum()])
+        logits[block] = log_draft.exp_().sub_(target)
+    return sums
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in place where the types allow it."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += torch.mm(left, right)

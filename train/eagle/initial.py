@@ -1,0 +1,44 @@
+"""Where a head starts: not from noise, but from the target's own last step.
+
+lm_head gets the target's rows of the draft vocabulary and the final norm its weight, so a state like the target's last
+one is read as the target reads it. fc passes the last of the fused states through. The decoder layer keeps its random
+start (a layer of the target's instead is not better: see docs/methods.md).
+"""
+
+import torch
+from torch import Tensor
+
+from deploy.formats.model_dir import ModelDirectory
+from train.eagle.distillation import Teacher
+from train.eagle.head import EagleHead
+
+
+def target_embedding(target: ModelDirectory) -> Tensor:
+    """The target's embedding, float32 [V, H]."""
+    return torch.from_numpy(target.float32("model.embed_tokens.weight").copy())
+
+
+def target_rows(target: ModelDirectory, draft_ids: Tensor) -> Tensor:
+    """The target's lm_head rows of the draft vocabulary, float32 [D, H]."""
+    name = "model.embed_tokens.weight" if target.shape.tied_embeddings else "lm_head.weight"
+    return torch.from_numpy(target.rows_float32(name, draft_ids.numpy()).copy())
+
+
+def target_norm(target: ModelDirectory) -> Tensor:
+    """The weight of the target's final norm, float32 [H]."""
+    return torch.from_numpy(target.float32("model.norm.weight").copy())
+
+
+def make_teacher(target: ModelDirectory, draft_ids: Tensor) -> Teacher:
+    """The target's last step over the draft vocabulary. draft_ids: int64 [D], ascending."""
+    return Teacher(target_norm(target), target_rows(target, draft_ids), target.shape.rms_norm_eps)
+
+
+@torch.no_grad()
+def start_from_target(head: EagleHead, target: ModelDirectory, draft_ids: Tensor) -> None:
+    """Set the head's lm_head, norm and fc from the target."""
+    hidden_size = head.config.layer.hidden_size
+    head.lm_head.weight.copy_(target_rows(target, draft_ids))
+    head.norm.weight.copy_(target_norm(target))
+    head.fc.weight.zero_()
+    head.fc.weight[:, -hidden_size:].copy_(torch.eye(hidden_size))
