@@ -155,6 +155,8 @@ def measure(ours: Ours, peer: Peer, arguments: argparse.Namespace) -> dict[str, 
         result["rows"][str(context)] = {
             str(n): compare(ours, peer, "rows", arguments.repeats, count=n, context=context) for n in counts
         }
+    if arguments.decode_only:
+        return result
     result["prefill_512"] = compare(ours, peer, "prefill", 10, count=512)
     result["together_16"] = compare(ours, peer, "together", arguments.repeats, count=16, context=128)
     result["perplexity"] = {
@@ -170,11 +172,12 @@ def show(result: dict[str, Any]) -> None:
         name = f"decode at {context}, tok/s"
         print(f"{name:24}{found['ours_tok_s']:12.1f}{found['peer_tok_s']:12.1f}{found['ratio']:8.2f}")
     timed = {f"{n} rows at {c}, ms": v for c, by_rows in result["rows"].items() for n, v in by_rows.items()}
-    timed |= {"prefill 512, ms": result["prefill_512"], "16 sequences, ms": result["together_16"]}
+    if "prefill_512" in result:
+        timed |= {"prefill 512, ms": result["prefill_512"], "16 sequences, ms": result["together_16"]}
     for name, found in timed.items():
         ours, peer = found["ours"]["median_ms"], found["peer"]["median_ms"]
         print(f"{name:24}{ours:12.2f}{peer:12.2f}{found['ratio']:8.2f}")
-    for group, found in result["perplexity"].items():
+    for group, found in result.get("perplexity", {}).items():
         print(f"{'perplexity, ' + group:24}{found['ours']:12.3f}{found['peer']:12.3f}")
 
 
@@ -192,6 +195,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=64, help="tokens to decode in a turn")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--sequences", type=int, default=4, help="held-out sequences per group for perplexity")
+    parser.add_argument("--decode-only", action="store_true", help="decoding and few rows: minutes on large models")
     parser.add_argument("--keep-peer-format", action="store_true", help="run the file as it is instead of as Q4_0")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()

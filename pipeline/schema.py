@@ -14,6 +14,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from pipeline.stages import eagle_schema, generate_schema
 from pipeline.stages import schema as stages
 
 
@@ -62,6 +63,8 @@ class Config:
     calibrate: Any = MISSING
     quantize: Any = MISSING
     quality: Any = MISSING
+    generate: Any = MISSING
+    eagle: Any = MISSING
     tracking: TrackingConfig = MISSING
 
 
@@ -70,4 +73,5 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="config_schema", node=Config)
     store.store(group="tracking", name="tracking_schema", node=TrackingConfig)
-    stages.register()
+    for schemas in (stages, generate_schema, eagle_schema):
+        schemas.register()

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from deploy.commands import options as o
 from deploy.formats.bundle import Bundle, Manifest
+from deploy.formats.components import Component, Drafter
 from deploy.kernels.cpu.library import describe_choice
 
 
@@ -32,19 +33,39 @@ def inspect(
     facts.append(("chat template", manifest.chat_template[:16]))
     facts.append(("runtime", _runtime()))
     console.print(_facts(manifest.name, facts))
+    target_bytes = next(item.num_bytes for item in manifest.components if item.role == "target")
     for item in manifest.components:
-        rows: list[tuple[str, str]] = [
-            ("architecture", item.architecture),
-            ("precision", item.precision),
-            ("parameters", f"{item.num_parameters / 1e6:.1f} M"),
-            ("size", f"{item.num_bytes / 1e6:.1f} MB"),
-            ("context", f"{item.context_length} tokens"),
-        ]
+        rows = _model_facts(item) if item.drafter is None else _drafter_facts(item, item.drafter, target_bytes)
         console.print(_facts(f"{item.role} ({item.path}/)", rows))
     if manifest.quality:
         console.print(_quality_table(manifest))
     if manifest.provenance:
         console.print(_facts("Provenance", _provenance_facts(manifest.provenance)))
+
+
+def _model_facts(item: Component) -> list[tuple[str, str]]:
+    return [
+        ("architecture", item.architecture),
+        ("precision", item.precision),
+        ("parameters", f"{item.num_parameters / 1e6:.1f} M"),
+        ("size", f"{item.num_bytes / 1e6:.1f} MB"),
+        ("context", f"{item.context_length} tokens"),
+    ]
+
+
+def _drafter_facts(item: Component, drafter: Drafter, target_bytes: int) -> list[tuple[str, str]]:
+    """A model's facts, and its worth as a drafter: held-out conversations, greedy, weights as they are served."""
+    shares = drafter.acceptance.by_position
+    return [
+        *_model_facts(item),
+        ("of the target", f"{item.num_bytes / target_bytes:.1%} of its size"),
+        ("draft vocabulary", f"{drafter.draft_vocab_size} tokens"),
+        ("reads", f"what enters layers {', '.join(map(str, drafter.feature_layers))}"),
+        ("acceptance", " / ".join(f"{share:.3f}" for share in shares) + " by position"),
+        ("τ", f"{drafter.acceptance.tau:.2f} tokens a call of the target at {len(shares)} drafted"),
+        ("MBSU", f"{drafter.mbsu:.2f}, the speed-up if only memory traffic counted"),
+        ("trained on", f"target {drafter.target[:16]}"),
+    ]
 
 
 def _runtime() -> str:

@@ -16,14 +16,20 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from deploy.formats.chat import ChatTemplate
+from deploy.formats.components import (
+    MODEL_ROLES,
+    Component,
+    component_json,
+    describe_components,
+    has_float_minima,
+    parse_component,
+)
 from deploy.formats.errors import BundleError, FormatError
 from deploy.formats.model_dir import ModelDirectory, read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 REQUIRED_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "report.html", "README.md")
-# target-w4a16: the target again, rounded to integer zero points, where its own form uses an extension.
-ROLES = ("target", "target-w4a16")
 EXTENSIONS = ("weight_min",)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -34,19 +40,6 @@ class FileRecord:
 
     num_bytes: int
     sha256: str
-
-
-@dataclass(frozen=True)
-class Component:
-    """A model of the bundle. path: its directory, relative to the bundle. precision: e.g. "4-bit, groups of 32"."""
-
-    role: str
-    path: str
-    architecture: str
-    precision: str
-    num_parameters: int
-    num_bytes: int
-    context_length: int
 
 
 @dataclass(frozen=True)
@@ -67,42 +60,6 @@ def sha256_file(path: Path) -> str:
     """sha256 of a file's bytes, hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def describe_precision(model: ModelDirectory) -> str:
-    """One phrase: bits, group sizes and form of the linear layers, and the dtype of the embedding."""
-    phrases = []
-    for name in model.layers:
-        group = model.group(name)
-        if group is None:
-            phrase = f"{model.dtype(f'{name}.weight')} linear layers"
-        else:
-            form = "symmetric" if group.symmetric else "float minima" if group.float_minimum else "zero points"
-            phrase = f"{group.bits}-bit, groups of {group.group_size}, {form}"
-        if phrase not in phrases:
-            phrases.append(phrase)
-    return "; ".join([*phrases, f"{model.dtype('model.embed_tokens.weight')} embedding"])
-
-
-def describe_component(directory: Path, role: str, path: str) -> Component:
-    """Open the model at `directory / path` (which checks it) and describe it."""
-    with ModelDirectory.open(directory / path) as model:
-        num_bytes = sum(file.stat().st_size for file in (directory / path).iterdir() if file.is_file())
-        return Component(
-            role=role,
-            path=path,
-            architecture=model.shape.model_type,
-            precision=describe_precision(model),
-            num_parameters=model.num_parameters(),
-            num_bytes=num_bytes,
-            context_length=model.shape.context_length,
-        )
-
-
-def _has_float_minima(directory: Path, path: str) -> bool:
-    with ModelDirectory.open(directory / path) as model:
-        groups = model.quantization.groups if model.quantization else ()
-        return any(group.float_minimum for group in groups)
 
 
 def _walk(directory: Path) -> Iterator[Path]:
@@ -143,30 +100,23 @@ def write_manifest(
     for required in REQUIRED_FILES:
         if not (directory / required).is_file():
             raise BundleError(f"{directory / required}: missing; a bundle needs {', '.join(REQUIRED_FILES)}")
-    described = [describe_component(directory, role, path) for role, path in components.items()]
-    if any(_has_float_minima(directory, path) for path in components.values()) and "weight_min" not in extensions:
+    files = _hash_files(directory)
+    digests = {name: record["sha256"] for name, record in files.items()}
+    described = [_required(found) for found in describe_components(directory, components, digests)]
+    models = [path for role, path in components.items() if role in MODEL_ROLES]
+    if any(has_float_minima(directory, path) for path in models) and "weight_min" not in extensions:
         raise BundleError(f"{directory}: a model has weight_min tensors; declare extensions=['weight_min']")
     template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
     content = {
         "format_version": FORMAT_VERSION,
         "name": name,
-        "components": {
-            item.role: {
-                "path": item.path,
-                "architecture": item.architecture,
-                "precision": item.precision,
-                "parameters": item.num_parameters,
-                "bytes": item.num_bytes,
-                "context_length": item.context_length,
-            }
-            for item in described
-        },
+        "components": {item.role: component_json(item) for item in described},
         "chat_template": ChatTemplate(template).identity,
         "licence": licence,
         "extensions": list(extensions),
         "quality": [dict(row) for row in quality],
         "provenance": dict(provenance),
-        "files": _hash_files(directory),
+        "files": files,
     }
     manifest = _parse_manifest(directory / MANIFEST, content)
     temporary = directory / f".{MANIFEST}.{os.getpid()}.tmp"
@@ -204,35 +154,6 @@ def _parse_files(path: Path, raw: object) -> dict[str, FileRecord]:
     return files
 
 
-def _parse_component(path: Path, role: str, raw: object) -> Component:
-    if role not in ROLES:
-        raise BundleError(f"{path}: component {role!r} is not known to this version; known: {', '.join(ROLES)}")
-    kinds = {
-        "path": str,
-        "architecture": str,
-        "precision": str,
-        "parameters": int,
-        "bytes": int,
-        "context_length": int,
-    }
-    if not isinstance(raw, dict):
-        raise BundleError(f"{path}: component {role!r} is not an object")
-    for key, kind in kinds.items():
-        if not isinstance(raw.get(key), kind):
-            raise BundleError(f"{path}: component {role!r} has no {key}")
-    if not _is_inside(raw["path"]):
-        raise BundleError(f"{path}: component {role!r} lies at {raw['path']!r}, outside the bundle")
-    return Component(
-        role=role,
-        path=raw["path"],
-        architecture=raw["architecture"],
-        precision=raw["precision"],
-        num_parameters=raw["parameters"],
-        num_bytes=raw["bytes"],
-        context_length=raw["context_length"],
-    )
-
-
 def _parse_manifest(path: Path, raw: Mapping[str, Any]) -> Manifest:
     version = raw.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -255,7 +176,7 @@ def _parse_manifest(path: Path, raw: Mapping[str, Any]) -> Manifest:
         raise BundleError(f"{path}: quality is not a list of rows")
     return Manifest(
         name=raw["name"],
-        components=tuple(_parse_component(path, role, item) for role, item in raw["components"].items()),
+        components=_parse_components(path, raw["components"]),
         files=_parse_files(path, raw.get("files")),
         provenance=raw["provenance"],
         licence=raw["licence"],
@@ -263,6 +184,23 @@ def _parse_manifest(path: Path, raw: Mapping[str, Any]) -> Manifest:
         extensions=tuple(raw["extensions"]),
         chat_template=raw["chat_template"],
     )
+
+
+def _parse_components(path: Path, raw: Mapping[str, Any]) -> tuple[Component, ...]:
+    try:
+        components = tuple(parse_component(role, item) for role, item in raw.items())
+    except BundleError as error:
+        raise BundleError(f"{path}: {error}") from error
+    for item in components:
+        if not _is_inside(item.path):
+            raise BundleError(f"{path}: component {item.role!r} lies at {item.path!r}, outside the bundle")
+    return components
+
+
+def _required(found: Component | ValueError) -> Component:
+    if isinstance(found, ValueError):
+        raise found
+    return found
 
 
 def _read_manifest(directory: Path) -> Manifest:
@@ -329,24 +267,18 @@ class Bundle:
 
     def chat_template(self) -> ChatTemplate:
         """The template, with the special tokens that tokenizer_config.json names."""
-        tokens = read_json(self.path / "tokenizer_config.json")
-
-        def text(key: str) -> str:
-            value = tokens.get(key) or ""
-            return str(value.get("content", "")) if isinstance(value, dict) else str(value)
-
-        source = (self.path / "chat_template.jinja").read_text(encoding="utf-8")
-        return ChatTemplate(source, bos_token=text("bos_token"), eos_token=text("eos_token"))
+        return ChatTemplate.from_directory(self.path)
 
 
 def _verify_components(directory: Path, manifest: Manifest) -> Iterator[str]:
-    for item in manifest.components:
-        try:
-            found = describe_component(directory, item.role, item.path)
-            if found != item:
-                yield f"{directory / item.path}: is {found}, the manifest says {item}"
-        except (ValueError, OSError) as error:
-            yield str(error)
+    paths = {item.role: item.path for item in manifest.components}
+    digests = {name: record.sha256 for name, record in manifest.files.items()}
+    described = describe_components(directory, paths, digests)
+    for item, found in zip(manifest.components, described, strict=True):
+        if isinstance(found, ValueError):
+            yield str(found)
+        elif found != item:
+            yield f"{directory / item.path}: is {found}, the manifest says {item}"
 
 
 def verify_bundle(path: str | Path) -> list[str]:

@@ -10,7 +10,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from pipeline.report.plots import bars_by_group
+from pipeline.report import drafter
+from pipeline.report.drafter import DrafterFacts
+from pipeline.report.plots import acceptance_bars, bars_by_group, curve
 from pipeline.report.quality_table import QualityRow, as_markdown, caption, cells
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -21,7 +23,7 @@ class Facts:
     """What both documents tell. rows: the source first, then the bundle's own method, then what it is compared with.
 
     source, stats: `source.json` and `stats.json` of the stages; method: the quantize config; samples: counts by
-    group and split; examples: one sample of each group; provenance: pretty-printed JSON.
+    group and split; examples: one sample of each group; provenance: pretty-printed JSON; drafter: where there is one.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Facts:
     samples: dict[str, dict[str, int]]
     examples: Sequence[dict[str, str]]
     provenance: str
+    drafter: DrafterFacts | None = None
 
 
 def model_card(facts: Facts) -> str:
@@ -51,7 +54,20 @@ def html_report(facts: Facts) -> str:
         samples=facts.samples,
         examples=facts.examples,
         provenance=facts.provenance,
+        drafter_rows=drafter.rows(facts.drafter) if facts.drafter else [],
+        drafter_plots=[Markup(plot) for plot in _drafter_plots(facts.drafter)] if facts.drafter else [],
+        drafter_example=facts.drafter.example if facts.drafter else [],
     )
+
+
+def _drafter_plots(facts: DrafterFacts) -> list[str]:
+    training = facts.training
+    shares = {"as served": training.served.by_position, "as trained": training.plain.by_position}
+    return [
+        acceptance_bars(shares, "Acceptance by drafted position (held-out, greedy)"),
+        curve(facts.tau, "τ on held-out conversations (greedy)", x_label="tokens trained on"),
+        curve(facts.loss, "Training loss", x_label="tokens trained on"),
+    ]
 
 
 def _common(facts: Facts) -> dict[str, Any]:
@@ -66,7 +82,12 @@ def _common(facts: Facts) -> dict[str, Any]:
         "float_minima": facts.stats["float_minima"],
         "twin": bool(facts.method.get("twin")),
         "caption": caption(facts.rows),
+        "drafter_line": _drafter_line(facts.drafter) if facts.drafter else "",
     }
+
+
+def _drafter_line(facts: DrafterFacts) -> str:
+    return drafter.summary_line(facts.role, facts.training.served, facts.num_bytes)
 
 
 def _environment(*, is_html: bool) -> jinja2.Environment:

@@ -7,12 +7,18 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.graph import BuildContext
 from pipeline.manifest import Manifest
+from pipeline.report.drafter import summary_line as drafter_line
 from pipeline.report.quality_table import QualityRow, as_text, caption
 from pipeline.stages.calibrate import SAMPLES
+from pipeline.stages.export_drafter import ROLE as DRAFTER
+from pipeline.stages.export_drafter import add_drafter
+
+if TYPE_CHECKING:
+    from pipeline.report.drafter import DrafterFacts
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 EXAMPLE_CHARACTERS = 1200
@@ -31,11 +37,15 @@ def build(context: BuildContext) -> None:
     if (quantized / "twin").is_dir():
         components["target-w4a16"] = "target-w4a16"
         _copy_directory(quantized / "twin", bundle / "target-w4a16")
+    drafter = None
+    if DRAFTER in context.inputs:
+        components[DRAFTER] = DRAFTER
+        drafter = add_drafter(context, bundle)
     rows = quality_rows(context)
     stats = _read_json(quantized / "stats.json")
     source = _read_json(context.inputs["target"] / "source.json")
     provenance = _provenance(context, source)
-    _write_documents(context, bundle, rows, stats, source, provenance)
+    _write_documents(context, bundle, rows, stats, source, provenance, drafter)
     write_manifest(
         bundle,
         name=context.config["name"],
@@ -47,6 +57,8 @@ def build(context: BuildContext) -> None:
     )
     context.summary["quality"] = [row.as_dict() for row in rows]
     context.summary["table"] = [*as_text(rows), caption(rows)]
+    if drafter is not None:
+        context.summary["table"] += ["", drafter_line(drafter.role, drafter.training.served, drafter.num_bytes)]
     figures = {f"{row.label}/{key}": value for row in rows for key, value in row.as_dict().items()}
     context.tracker.summary(context.stage, {key: value for key, value in figures.items() if isinstance(value, float)})
 
@@ -109,6 +121,7 @@ def _write_documents(
     stats: dict[str, Any],
     source: dict[str, Any],
     provenance: dict[str, Any],
+    drafter: DrafterFacts | None,
 ) -> None:
     from pipeline.report.documents import Facts, html_report, model_card
 
@@ -121,6 +134,7 @@ def _write_documents(
         samples=_sample_counts(context.inputs["calibrate"] / SAMPLES),
         examples=_examples(context.inputs["calibrate"] / SAMPLES),
         provenance=json.dumps(provenance, indent=2),
+        drafter=drafter,
     )
     (bundle / "README.md").write_text(model_card(facts))
     (bundle / "report.html").write_text(html_report(facts))

@@ -1,4 +1,6 @@
-"""The graph: target → calibrate → quantize → quality → export, with one quantize and one quality per variant."""
+"""The graph: target → calibrate → quantize → quality → export, with one quantize and one quality per variant; beside
+them quantize → generate → eagle-target → export, unless `eagle=none`.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from compress.target.sources import Source, find_source
 from pipeline.graph import Stage, lazy
 from pipeline.schema import Config
-from pipeline.stages import calibrate, export, quantize
+from pipeline.stages import calibrate, eagle, export, generate, quantize
 
 TORCH = ("torch", "transformers")
-VERSIONS = {"target": 1, "calibrate": 1, "quantize": 1, "quality": 1, "export": 2}
+VERSIONS = {"target": 1, "calibrate": 1, "quantize": 1, "quality": 1, "generate": 1, "eagle": 1, "export": 3}
 """Raised when a stage's code gives other bytes."""
 
 
@@ -34,7 +36,7 @@ def build_graph(config: Config) -> list[Stage]:
         model = _quantize(name, method, plain["calibrate"], source, target, samples)
         inputs = {"target": target, "calibrate": samples, "quantize": model}
         qualities[name] = _stage("quality", name, {}, "pipeline.stages.quality:build", inputs, packages=TORCH)
-    return [_export(plain, target, qualities)]
+    return [_export(plain, target, qualities, _drafter(plain, source, target, qualities[""].inputs["quantize"]))]
 
 
 def _target(config: dict[str, Any], source: Source) -> Stage:
@@ -93,13 +95,62 @@ def _quantize(
     )
 
 
-def _export(plain: dict[str, Any], target: Stage, qualities: dict[str, Stage]) -> Stage:
+def _generate(plain: dict[str, Any], target: Stage, quantized: Stage) -> Stage:
+    config = plain["generate"]
+    writer = quantized if config["writer"] == "quantized" else target
+    return Stage(
+        name="generate",
+        instance="generate",
+        version=VERSIONS["generate"],
+        config=generate.keyed(config),
+        build=partial(lazy("pipeline.stages.generate:build"), config, plain["threads"]),
+        inputs={"target": target, "model": writer},
+        seed=plain["seed"],
+        packages=generate.packages(config),
+        fingerprint=partial(generate.fingerprint, config),
+        check=lambda _config: generate.check(config),
+        resumable=True,
+    )
+
+
+def _drafter(plain: dict[str, Any], source: Source, target: Stage, quantized: Stage) -> dict[str, Stage]:
+    """By role, the stages that end in a head for the target; none for `eagle=none`."""
+    config = plain["eagle"]
+    if config["method"] == "none":
+        return {}
+    generated = _generate(plain, target, quantized)
+
+    def check(_keyed: dict[str, Any]) -> None:
+        eagle.check(config, lambda: lazy("compress.target.inspect:read_shape")(source))
+        eagle.check_heldout(plain["generate"])
+
+    head = Stage(
+        name="eagle",
+        instance="eagle-target",
+        version=VERSIONS["eagle"],
+        config=eagle.keyed(config),
+        build=partial(lazy("pipeline.stages.eagle:build"), eagle.unkeyed(config), plain["threads"]),
+        inputs={"target": target, "quantize": quantized, "generate": generated},
+        seed=plain["seed"],
+        packages=(*TORCH, "accelerate", "tokenizers", "python"),
+        check=check,
+        resumable=True,
+    )
+    return {"generate": generated, "eagle-target": head}
+
+
+def _export(plain: dict[str, Any], target: Stage, qualities: dict[str, Stage], drafter: dict[str, Stage]) -> Stage:
     quantized = {name: quality.inputs["quantize"] for name, quality in qualities.items()}
     inputs = {"target": target, "calibrate": next(iter(qualities.values())).inputs["calibrate"]}
     inputs |= {_role("quantize", name): stage for name, stage in quantized.items()}
     inputs |= {_role("quality", name): stage for name, stage in qualities.items()}
+    inputs |= drafter
     bundles, name = Path(plain["bundles"]), plain["name"]
-    config = {"name": name, "methods": {_role("quantize", name): s.config for name, s in quantized.items()}}
+    config = {
+        "name": name,
+        "methods": {_role("quantize", name): s.config for name, s in quantized.items()},
+        "min_acceptance": plain["eagle"]["min_acceptance"] if drafter else None,
+    }
     return Stage(
         name="export",
         instance="export",

@@ -19,7 +19,11 @@ from pipeline.schema import register
 CONF = Path(__file__).resolve().parents[2] / "conf"
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
 CHOICES = [name.removesuffix(".yaml") for name in FILES if "/" in name and not name.startswith("hydra/")]
-NEEDED = {"target/gguf": ["target.name=x", "target.path=y"], "target/hf": ["target.name=x", "target.path=y"]}
+NEEDED = {
+    "target/gguf": ["target.name=x", "target.path=y"],
+    "target/hf": ["target.name=x", "target.path=y"],
+    "generate/engine/server": ["generate.engine.url=x", "generate.engine.model=y"],
+}
 
 Compose = Callable[..., dict[str, Any]]
 
@@ -51,7 +55,7 @@ def test_this_is_the_tree_that_the_program_reads() -> None:
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_composes_with_no_value_missing(composed: Compose, choice: str) -> None:
     config = composed(override(choice), *NEEDED.get(choice, []))
-    assert set(config) >= {"target", "calibrate", "quantize", "quality", "tracking"}
+    assert set(config) >= {"target", "calibrate", "quantize", "quality", "generate", "eagle", "tracking"}
 
 
 @pytest.mark.parametrize("method", [c for c in CHOICES if c.startswith("quantize/")])
@@ -82,6 +86,13 @@ def test_every_file_begins_with_a_sentence_in_words(name: str) -> None:
         "calibrate.text.source=internet",
         "target.kind=ollama",
         "quality.variant={}",
+        "generate.number=3",
+        "generate/engine=cloud",
+        "eagle=eagle4",
+        "eagle.unroll=3",
+        "eagle.embedding=borrowed",
+        "eagle.vocabulary.counts=guessed",
+        "eagle.train.precision=fp8",
         "tracking.mode=sometimes",
         "experiment=nothing",
         "seed=many",
@@ -94,11 +105,17 @@ def test_an_unknown_key_or_value_fails(composed: Compose, wrong: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "foreign"),
-    [("rtn", "quantize.dampening=0.1"), ("keep", "quantize.bits=8"), ("q4_0", "quantize.group_size=64")],
+    [
+        ("quantize=rtn", "quantize.dampening=0.1"),
+        ("quantize=keep", "quantize.bits=8"),
+        ("quantize=q4_0", "quantize.group_size=64"),
+        ("eagle=none", "eagle.unrolls=3"),
+        ("generate/engine=runtime", "generate.engine.url=x"),
+    ],
 )
 def test_a_key_that_a_method_would_ignore_fails(composed: Compose, method: str, foreign: str) -> None:
     with pytest.raises((HydraException, OmegaConfBaseException)):
-        composed(f"quantize={method}", foreign)
+        composed(method, foreign)
 
 
 def test_the_comparison_by_rounding_uses_the_methods_own_grid(composed: Compose) -> None:
@@ -118,3 +135,19 @@ def test_the_smoke_experiment_asks_for_less_of_everything(composed: Compose) -> 
         ("text", "num_samples"),
     ):
         assert 0 < smoke["calibrate"][group][key] < full["calibrate"][group][key]
+    assert 0 < smoke["generate"]["num_tokens"] < full["generate"]["num_tokens"]
+
+
+def test_the_smoke_experiments_budget_is_in_tokens_so_that_its_bundle_is_reproducible(composed: Compose) -> None:
+    train = composed("experiment=smoke")["eagle"]["train"]
+    assert (train["max_seconds"], train["max_epochs"]) == (None, None)
+    assert train["max_tokens"] > 0
+
+
+def test_the_default_trains_long_enough_and_leaves_time_for_the_rest_of_half_an_hour(composed: Compose) -> None:
+    assert 400 <= composed()["eagle"]["train"]["max_seconds"] <= 600
+
+
+def test_one_feature_is_the_only_difference_of_its_choice(composed: Compose) -> None:
+    three, one = composed()["eagle"], composed("eagle=single_feature")["eagle"]
+    assert {key for key in three if three[key] != one[key]} == {"feature_layers"}

@@ -1,7 +1,7 @@
 """Tiny models and bundles, made afresh for each test that asks."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,14 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from deploy.formats.architectures import ModelShape, linear_layers, other_tensors
-from deploy.formats.bundle import write_manifest
+from deploy.formats.bundle import sha256_file, write_manifest
+from deploy.formats.chat import ChatTemplate
+from deploy.formats.eagle_config import EagleConfig
+from deploy.formats.eagle_record import Acceptance, Owner, TrainingRecord
 from deploy.formats.packed import GroupedInt, encode
 from deploy.formats.quantization_config import QuantizationGroup, quantization_config
 from deploy.formats.safetensors_file import BFloat16, from_bfloat16, to_bfloat16, write_safetensors
+from deploy.formats.speculators import tensor_contract, write_eagle
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
@@ -125,8 +129,64 @@ def write_bundle(directory: Path, quantized: Quantized | None = None, **manifest
     return directory
 
 
+ACCEPTANCE = Acceptance((0.5, 0.25, 0.125), 1.875)
+HEAD: dict[str, Any] = {
+    "draft_vocab_size": 37,
+    "feature_layers": (0, 1, 2),
+    "norm_before_residual": True,
+    "num_drafted": 3,
+    "embedding": "reference",
+}
+
+
+def training_record(**changes: Any) -> TrainingRecord:
+    fields: dict[str, Any] = {
+        "tokens": 4096,
+        "seconds": 12.5,
+        "served": ACCEPTANCE,
+        "served_form": "int8, groups of 32",
+        "plain": Acceptance((0.55, 0.3, 0.15), 2.0),
+        "cost_ratio": 0.1,
+        "mbsu": 1.4,
+        "settings": {"unrolls": 3},
+        "data": {"conversations": 7},
+    }
+    return TrainingRecord(**(fields | changes))
+
+
+def write_head(
+    path: Path, target: ModelShape, owner: Owner, seed: int = 0, training: TrainingRecord | None = None, **choices: Any
+) -> tuple[EagleConfig, dict[str, Any], Any]:
+    """A head of random weights and a random draft vocabulary; returns its configuration, weights and ids."""
+    rng = np.random.default_rng(seed)
+    config = EagleConfig.for_target(target, **(HEAD | choices))
+    sizes = {name: size for name, (dtype, size) in tensor_contract(config).items() if dtype == "BF16"}
+    weights = {name: rng.standard_normal(size).astype(np.float32) for name, size in sizes.items()}
+    ids = np.sort(rng.choice(target.vocab_size, config.draft_vocab_size, replace=False)).astype(np.int64)
+    write_eagle(path, config, weights, ids, owner, training or training_record())
+    return config, weights, ids
+
+
+def write_bundle_with_head(directory: Path, target: Quantized | None = None, **changes: Any) -> Path:
+    """A bundle whose head belongs to its target; changes: fields of Owner, to make it another's."""
+    bundle = write_bundle(directory, target)
+    owner = Owner(
+        content="c" * 64,
+        model_files={file.name: sha256_file(file) for file in (bundle / "target").iterdir()},
+        tokenizer=sha256_file(bundle / "tokenizer.json"),
+        chat_template=ChatTemplate(TEMPLATE).identity,
+    )
+    write_head(bundle / "eagle-target", ModelShape.from_config(tiny_config()), replace(owner, **changes))
+    return write_bundle(directory, target, components={"target": "target", "eagle-target": "eagle-target"})
+
+
 class Tiny:
     """Makers of tiny things."""
+
+    HEAD = HEAD
+    head = staticmethod(write_head)
+    training_record = staticmethod(training_record)
+    bundle_with_head = staticmethod(write_bundle_with_head)
 
     Quantized = Quantized
     config = staticmethod(tiny_config)

@@ -63,6 +63,22 @@ def test_inspect_shows_what_the_bundle_holds(capsys, bundle):
         assert text in out
 
 
+def test_inspect_shows_what_a_drafter_is_worth(capsys, tiny, tmp_path):
+    bundle = tiny.bundle_with_head(tmp_path / "b")
+    code, out, _ = call(capsys, "inspect", bundle)
+    assert code == 0
+    shown = {
+        line.split("│")[1].strip(): line.split("│")[2].strip() for line in out.splitlines() if line.count("│") == 3
+    }
+    assert shown["draft vocabulary"] == "37 tokens"
+    assert shown["acceptance"] == "0.500 / 0.250 / 0.125 by position"
+    assert shown["τ"].startswith("1.88 tokens a call of the target at 3 drafted")
+    assert shown["MBSU"].startswith("1.40")
+    assert shown["reads"] == "what enters layers 0, 1, 2"
+    sizes = {role: sum(f.stat().st_size for f in (bundle / role).iterdir()) for role in ("target", "eagle-target")}
+    assert shown["of the target"] == f"{sizes['eagle-target'] / sizes['target']:.1%} of its size"
+
+
 def test_inspect_shows_what_would_run_it(monkeypatch, capsys, bundle):
     monkeypatch.setenv("UNDERSTUDY_ISA", "scalar")
     monkeypatch.setenv("UNDERSTUDY_THREADS", "3")

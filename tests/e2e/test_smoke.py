@@ -20,7 +20,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 SMOKE = "experiment=smoke"
-ALL = {"target", "calibrate", "export"} | {
+ALL = {"target", "calibrate", "generate", "eagle-target", "export"} | {
     f"{kind}{which}" for kind in ("quantize", "quality") for which in ("", "-rtn", "-keep", "-q4_0")
 }
 
@@ -60,6 +60,16 @@ def test_the_table_has_every_method_and_keep_loses_nothing(place: Any) -> None:
         assert rows["keep"][f"{group}/kl"] < 0.001
         for method in ("gptq (this bundle)", "rtn", "q4_0"):
             assert 0.001 < rows[method][f"{group}/kl"] < 2
+
+
+def test_the_head_says_what_it_is_worth_and_for_which_target(place: Any) -> None:
+    manifest = json.loads((place.path / "bundles" / "smoke" / "manifest.json").read_text())
+    drafter = manifest["components"]["eagle-target"]["drafter"]
+    assert drafter["target"] == manifest["provenance"]["stages"]["quantize"]["content"]
+    assert drafter["acceptance"]["tau"] > 1
+    assert drafter["feature_layers"] == [2, 15, 27]
+    inspected = place.deploy("inspect", "bundles/smoke")
+    assert f"{drafter['acceptance']['tau']:.2f} tokens a call of the target at 4 drafted" in inspected.stdout
 
 
 def test_no_document_is_both_calibrated_and_measured_on(place: Any) -> None:
@@ -127,7 +137,8 @@ def test_the_file_loads_in_plain_transformers_with_our_logits(place: Any) -> Non
 def test_another_group_size_rebuilds_what_depends_on_it_and_says_why(tools: Any, place: Any) -> None:
     said = tools.verdicts(place.run(SMOKE, "quantize.group_size=64", "name=other"))
     built = {instance for instance, verdict in said.items() if verdict != "reused"}
-    assert built == {"quantize", "quantize-rtn", "quality", "quality-rtn", "export"}
+    drafter = {"generate", "eagle-target"}  # of other words
+    assert built == {"quantize", "quantize-rtn", "quality", "quality-rtn", "export"} | drafter
     assert said["quantize"] == "building: quantize.group_size 32 → 64"
     assert said["quantize-rtn"] == "building: quantize.group_size 32 → 64"
     assert "input quantize changed" in said["quality"]
@@ -139,7 +150,9 @@ def test_keep_with_a_twin_makes_a_bundle_that_others_can_load(tools: Any, place:
 
     from compress.load import load_float32
 
-    said = tools.verdicts(place.run(SMOKE, "quantize=keep", "quantize.twin=true", "quality=none", "name=kept"))
+    said = tools.verdicts(
+        place.run(SMOKE, "quantize=keep", "quantize.twin=true", "quality=none", "eagle=none", "name=kept")
+    )
     assert said["target"] == said["calibrate"] == "reused"
     verified = place.deploy("verify", "bundles/kept")
     assert verified.returncode == 0, verified.stderr

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,26 @@ BUDGETS = (
     "calibrate.sequence_length=64",
 )
 HF = ("target=hf", "target.name=tiny", "target.path=model", *BUDGETS)
+# Its user turns do not end either, so prompts are given to it.
+DRAFTER = (
+    "generate=prompts",
+    "generate.prompts.path=prompts.jsonl",
+    "generate.num_tokens=1500",
+    "generate.num_heldout=4",
+    "generate.max_tokens=24",
+    "generate.shard_size=16",
+    "eagle.vocabulary.size=512",
+    "eagle.vocabulary.trim=[256]",
+    "eagle.compared_conversations=1",
+    "eagle.min_acceptance=0",  # a random model's words cannot be learned
+    "eagle.train.max_seconds=null",
+    "eagle.train.max_tokens=3000",
+    "eagle.train.tokens_per_batch=256",
+    "eagle.train.max_length=256",
+    "eagle.train.evaluate_every=0.5",
+    "eagle.train.checkpoint_every_seconds=0.2",
+)
+PLAIN = (*HF, "eagle=none")
 
 
 def check_bundle(place: Any) -> dict[str, Any]:
@@ -32,21 +56,101 @@ def check_bundle(place: Any) -> dict[str, Any]:
     return manifest
 
 
-def test_a_tiny_model_goes_all_the_way_and_the_second_run_reuses_it(
-    tools: Any, tiny_directory: Callable[..., Path], tmp_path: Path
-) -> None:
-    place = tools.Workplace(tmp_path)
-    tiny_directory(tmp_path / "model", "llama")
-    first = place.run(*HF, "seed=3")
-    assert "next:   python -m deploy generate bundles/tiny" in first
+def write_prompts(path: Path, count: int = 120) -> None:
+    lines = [json.dumps({"prompt": f"Tell me about number {index} and why it matters."}) for index in range(count)]
+    (path / "prompts.jsonl").write_text("\n".join(lines))
+
+
+@pytest.fixture(scope="module")
+def trained(tools: Any, tiny_directory: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Where the whole pipeline has run once on a tiny model, and what it said."""
+    place = tools.Workplace(tmp_path_factory.mktemp("trained"))
+    tiny_directory(place.path / "model", "llama")
+    write_prompts(place.path)
+    return place, place.run(*HF, *DRAFTER, "seed=3")
+
+
+def test_a_tiny_model_goes_all_the_way(trained: Any) -> None:
+    place, said = trained
+    assert "next:   python -m deploy generate bundles/tiny" in said
     manifest = check_bundle(place)
     rows = {row["method"]: row for row in manifest["quality"]}
     assert list(rows) == ["source", "gptq (this bundle)", "rtn", "q4_0"]
     assert rows["source"]["prose/kl"] == 0.0
     assert {key.split("/")[0] for key in rows["source"] if "/" in key} == {"prose", "code"}
-    second = tools.verdicts(place.run(*HF, "seed=3"))
+
+
+def test_the_second_run_reuses_everything(tools: Any, trained: Any) -> None:
+    place, _ = trained
+    second = tools.verdicts(place.run(*HF, *DRAFTER, "seed=3"))
     assert set(second.values()) == {"reused"}
-    assert len(second) == 9
+    assert len(second) == 11
+
+
+def test_the_head_is_in_the_bundle_with_its_worth_and_the_run_ends_with_it(trained: Any) -> None:
+    place, said = trained
+    assert re.search(r"^eagle-target  τ 1\.\d\d at 4 drafted tokens \(held-out, greedy\)", said, re.MULTILINE)
+    check_head(place, json.loads((place.path / "bundles" / "tiny" / "manifest.json").read_text()))
+    report = (place.path / "bundles" / "tiny" / "report.html").read_text()
+    assert "Acceptance by drafted position" in report
+    assert re.search(r"<mark>[^<]+</mark>", report)
+
+
+def test_a_head_whose_acceptance_has_collapsed_is_refused_in_one_line(trained: Any) -> None:
+    place, _ = trained
+    process = place.start(*HF, *DRAFTER, "seed=3", "eagle.min_acceptance=0.9")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    (line,) = (line for line in output.splitlines() if line.startswith("error: "))
+    assert re.search(r"accepted 0\.\d+ of the time, below eagle\.min_acceptance=0\.9; train longer", line)
+    assert "Traceback" not in output
+
+
+def check_head(place: Any, manifest: dict[str, Any]) -> None:
+    """The bundle's head belongs to the quantize artifact, and its run compared the features."""
+    (quantized,) = (
+        found
+        for path in (place.path / "artifacts" / "quantize").glob("*/manifest.json")
+        if (found := json.loads(path.read_text()))["instance"] == "quantize"
+    )
+    drafter = manifest["components"]["eagle-target"]["drafter"]
+    assert drafter["target"] == quantized["content"]
+    assert drafter["draft_vocab_size"] in (256, 512)
+    assert len(drafter["acceptance"]["by_position"]) == 4
+    (built,) = (place.path / "artifacts" / "eagle").glob("*/manifest.json")
+    assert {path.name for path in built.parent.iterdir()} == {"head", "history.json", "manifest.json"}
+    summary = json.loads(built.read_text())["summary"]
+    assert summary["features"]["reference_equal_bits"]
+    assert summary["is_reproducible"]
+
+
+@pytest.mark.slow
+def test_a_training_that_is_killed_goes_on_and_ends_in_the_same_head(
+    tools: Any, tiny_directory: Callable[..., Path], tmp_path: Path
+) -> None:
+    place = tools.Workplace(tmp_path)
+    tiny_directory(tmp_path / "model", "llama")
+    write_prompts(tmp_path)
+    asked = (*HF, *DRAFTER, "quality=none", "stage=eagle", "eagle.train.max_tokens=30000")
+    place.run(*asked, "store=whole")
+    (whole,) = (tmp_path / "whole" / "eagle").glob("*/head")
+    process = place.start(*asked)
+    wait_for(lambda: list((tmp_path / "artifacts").glob("eagle/*.partial/checkpoints/checkpoint-*[0-9]")), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    said = place.run(*asked)
+    assert "training goes on from" in said
+    (resumed,) = (tmp_path / "artifacts" / "eagle").glob("*/head")
+    for name in ("config.json", "model.safetensors", "training.json"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def wait_for(is_there: Callable[[], Any], process: Any) -> None:
+    end = time.monotonic() + 300
+    while not is_there():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 @pytest.mark.slow
@@ -66,7 +170,7 @@ def test_every_architecture_goes_all_the_way(
 ) -> None:
     place = tools.Workplace(tmp_path)
     tiny_directory(tmp_path / "model", model_type, **changes)
-    place.run(*HF, "quality=none")
+    place.run(*PLAIN, "quality=none")
     manifest = check_bundle(place)
     assert manifest["components"]["target"]["architecture"] == model_type
 
@@ -77,12 +181,12 @@ def test_a_base_model_without_a_chat_template_is_told_what_to_set(
 ) -> None:
     place = tools.Workplace(tmp_path)
     (tiny_directory(tmp_path / "model", "llama") / "chat_template.jinja").unlink()
-    process = place.start(*HF, "quality=none", "calibrate.chat.num_heldout=2")
+    process = place.start(*PLAIN, "quality=none", "calibrate.chat.num_heldout=2")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2, output
     assert "calibrate.chat.num_samples=0 calibrate.chat.num_heldout=0" in output
     assert "Traceback" not in output
-    place.run(*HF, "quality=none")
+    place.run(*PLAIN, "quality=none")
     check_bundle(place)
 
 
@@ -97,10 +201,10 @@ def test_texts_from_a_file_take_the_place_of_pythons_own(
     ]
     (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     texts = ("calibrate.text.source=file", "calibrate.text.path=texts.jsonl")
-    place.run(*HF, *texts, "quality=none")
+    place.run(*PLAIN, *texts, "quality=none")
     assert "text/perplexity" in check_bundle(place)["quality"][0]
     (tmp_path / "texts.jsonl").rename(tmp_path / "moved.jsonl")
-    again = tools.verdicts(place.run(*HF, *texts[:1], "calibrate.text.path=moved.jsonl", "quality=none"))
+    again = tools.verdicts(place.run(*PLAIN, *texts[:1], "calibrate.text.path=moved.jsonl", "quality=none"))
     assert again["calibrate"] == "reused"
 
 
@@ -110,7 +214,7 @@ def test_offline_tracking_leaves_a_run_to_synchronise_without_a_network(
 ) -> None:
     place = tools.Workplace(tmp_path)
     tiny_directory(tmp_path / "model", "llama")
-    output = place.run(*HF, "tracking=offline")
+    output = place.run(*PLAIN, "tracking=offline")
     assert "tracking is off" not in output
     (run,) = (tmp_path / "runs").iterdir()
     assert len(list(run.glob("wandb/offline-run-*/run-*.wandb"))) == 1

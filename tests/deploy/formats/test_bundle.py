@@ -162,6 +162,68 @@ def test_a_standard_twin_may_stand_beside_the_target(tmp_path, tiny):
     assert Bundle.open(bundle).model("target-w4a16").quantization.groups[0].symmetric
 
 
+def test_a_head_stands_beside_its_target_with_what_it_is_worth(tmp_path, tiny):
+    bundle = tiny.bundle_with_head(tmp_path / "b")
+    assert verify_bundle(bundle) == []
+    head = Bundle.open(bundle).component("eagle-target")
+    assert (head.architecture, head.precision) == ("eagle3", "BF16, the target's embedding")
+    assert head.context_length == 128
+    assert head.drafter.acceptance.by_position == (0.5, 0.25, 0.125)
+    assert (head.drafter.acceptance.tau, head.drafter.mbsu) == (1.875, 1.4)
+    assert (head.drafter.draft_vocab_size, head.drafter.feature_layers) == (37, (0, 1, 2))
+    assert head.drafter.target == "c" * 64
+    assert Bundle.open(bundle).component("target").drafter is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_files": {"config.json": "0" * 64}}, "eagle-target: the head was trained on another target"),
+        ({"tokenizer": "0" * 64}, "eagle-target: the head was trained with another tokenizer"),
+        ({"chat_template": "0" * 64}, "eagle-target: the head was trained with another chat template"),
+    ],
+)
+def test_a_head_of_something_else_makes_no_bundle(tmp_path, tiny, changes, message):
+    with pytest.raises(BundleError, match=message):
+        tiny.bundle_with_head(tmp_path / "b", **changes)
+
+
+def test_another_target_under_a_head_is_found_even_with_matching_digests(tmp_path, tiny):
+    bundle = tiny.bundle_with_head(tmp_path / "b")
+    tiny.model(bundle / "target", tiny.config(), tiny.Quantized(), seed=1)
+    rehash(bundle)
+    (problem,) = verify_bundle(bundle)
+    assert "eagle-target: the head was trained on another target: model.safetensors was" in problem
+
+
+def test_a_head_that_is_damaged_is_found_even_with_matching_digests(tmp_path, tiny):
+    bundle = tiny.bundle_with_head(tmp_path / "b")
+    config = json.loads((bundle / "eagle-target" / "config.json").read_text())
+    (bundle / "eagle-target" / "config.json").write_text(json.dumps(config | {"draft_vocab_size": 36}))
+    rehash(bundle)
+    (problem,) = verify_bundle(bundle)
+    assert "expected BF16 [36, 96]" in problem
+
+
+@pytest.mark.parametrize(
+    ("drafter", "reason"),
+    [
+        (None, "'eagle-target' has no drafter"),
+        ({"draft_vocab_size": "many"}, r"'eagle-target' has no drafter\.draft_vocab_size"),
+        ({"acceptance": {"by_position": [2], "tau": 1}}, r"drafter\.acceptance\.by_position=\[2\] is not a list"),
+        ({"mbsu": None}, r"drafter\.mbsu=None is not a number"),
+    ],
+)
+def test_a_heads_description_that_is_not_as_documented_is_refused(tmp_path, tiny, drafter, reason):
+    bundle = tiny.bundle_with_head(tmp_path / "b")
+    components = json.loads((bundle / MANIFEST).read_text())["components"]
+    head = components["eagle-target"]
+    head["drafter"] = drafter and head["drafter"] | drafter
+    edit_manifest(bundle, components=components)
+    with pytest.raises(BundleError, match=reason):
+        Bundle.open(bundle)
+
+
 def test_an_incomplete_directory_gets_no_manifest(bundle):
     (bundle / MANIFEST).unlink()
     (bundle / "report.html").unlink()
@@ -197,10 +259,13 @@ def damage(data: st.DataObject, value: Any) -> None:
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory, tiny):
-    return tiny.bundle(tmp_path_factory.mktemp("damaged") / "b")
+    return tiny.bundle_with_head(tmp_path_factory.mktemp("damaged") / "b")
 
 
-@pytest.mark.parametrize("name", [MANIFEST, "target/config.json"])
+HEAD_FILES = ("eagle-target/config.json", "eagle-target/training.json")
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "target/config.json", *HEAD_FILES])
 @given(data=st.data())
 @settings(max_examples=300, deadline=None)
 def test_whatever_stands_in_the_json_files_the_answer_is_a_list_of_problems(damaged, name, data):

@@ -14,10 +14,14 @@ from pipeline.cli import config_directory
 from pipeline.graph import Stage, order_stages
 from pipeline.manifest import Key
 from pipeline.schema import register
+from pipeline.stages.eagle import feature_layers
+from pipeline.stages.eagle_schema import TrainConfig
 from pipeline.stages.graph import build_graph
+from train.loop.settings import TrainSettings
 
 Graph = Callable[..., dict[str, Stage]]
 METHODS = ("", "-rtn", "-keep", "-q4_0")
+DRAFTER = ("generate", "eagle-target")
 
 
 @pytest.fixture
@@ -58,7 +62,7 @@ def changed(graph: Graph, *overrides: str) -> set[str]:
 
 def test_the_default_has_one_quantize_and_one_quality_for_each_method(graph: Graph) -> None:
     stages = graph()
-    expected = {"target", "calibrate", "export"}
+    expected = {"target", "calibrate", "generate", "eagle-target", "export"}
     expected |= {f"{kind}{which}" for kind in ("quantize", "quality") for which in METHODS}
     assert set(stages) == expected
     assert list(stages)[:2] == ["target", "calibrate"]
@@ -76,11 +80,14 @@ def test_each_stage_reads_what_it_needs(graph: Graph) -> None:
     for which in METHODS:
         expected = {"target": "target", "calibrate": "calibrate", "quantize": f"quantize{which}"}
         assert inputs[f"quality{which}"] == expected
+    assert inputs["generate"] == {"target": "target", "model": "quantize"}
+    assert inputs["eagle-target"] == {"target": "target", "quantize": "quantize", "generate": "generate"}
     assert inputs["export"] == {name: name for name in stages if name != "export"}
 
 
 def test_only_what_is_random_has_the_seed(graph: Graph) -> None:
-    assert [name for name, stage in graph("seed=5").items() if stage.seed == 5] == ["calibrate"]
+    seeded = [name for name, stage in graph("seed=5").items() if stage.seed == 5]
+    assert seeded == ["calibrate", "generate", "eagle-target"]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +104,7 @@ def test_the_bundles_own_method_is_not_compared_with_itself(graph: Graph, overri
     stages = graph(*overrides)
     assert f"quantize-{left_out}" not in stages
     assert f"quality-{left_out}" not in stages
-    assert len(stages) == 9
+    assert len(stages) == 11
 
 
 def test_keep_is_left_out_where_there_is_no_file_with_a_grid(graph: Graph, model_directory: Path) -> None:
@@ -113,23 +120,64 @@ def test_keep_as_the_bundles_method_is_refused_there(graph: Graph, model_directo
 
 
 def test_another_group_size_reaches_its_methods_and_what_depends_on_them(graph: Graph) -> None:
-    expected = {"quantize", "quantize-rtn", "quality", "quality-rtn", "export"}
+    expected = {"quantize", "quantize-rtn", "quality", "quality-rtn", *DRAFTER, "export"}
     assert changed(graph, "quantize.group_size=64") == expected
 
 
 def test_more_conversations_reach_calibrated_methods_and_every_measurement(graph: Graph) -> None:
     qualities = {f"quality{which}" for which in METHODS}
-    assert changed(graph, "calibrate.chat.num_samples=3") == {"calibrate", "quantize", "export", *qualities}
+    assert changed(graph, "calibrate.chat.num_samples=3") == {"calibrate", "quantize", "export", *DRAFTER, *qualities}
 
 
 def test_another_seed_reaches_what_is_calibrated_or_measured(graph: Graph) -> None:
     qualities = {f"quality{which}" for which in METHODS}
-    assert changed(graph, "seed=1") == {"calibrate", "quantize", "export", *qualities}
+    assert changed(graph, "seed=1") == {"calibrate", "quantize", "export", *DRAFTER, *qualities}
 
 
-@pytest.mark.parametrize("override", ["store=/elsewhere", "threads=1", "tracking=offline", "force=[quantize]"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "store=/elsewhere",
+        "threads=1",
+        "tracking=offline",
+        "force=[quantize]",
+        "generate.engine.num_sequences=8",
+        "eagle.train.feature_cache_gb=0",
+        "eagle.train.checkpoint_every_seconds=5",
+        "eagle.train.prefetch=1",
+    ],
+)
 def test_what_changes_no_byte_reaches_no_key(graph: Graph, override: str) -> None:
     assert changed(graph, override) == set()
+
+
+@pytest.mark.parametrize(
+    ("override", "reached"),
+    [
+        ("generate.num_tokens=1000", {*DRAFTER, "export"}),
+        ("generate.writer=target", {*DRAFTER, "export"}),
+        ("eagle=single_feature", {"eagle-target", "export"}),
+        ("eagle.unrolls=5", {"eagle-target", "export"}),
+        ("eagle.vocabulary.size=4097", {"eagle-target", "export"}),
+        ("eagle.train.max_seconds=60", {"eagle-target", "export"}),
+        ("eagle.min_acceptance=0.2", {"export"}),
+        ("quality=none", {*(f"{kind}{which}" for kind in ("quantize", "quality") for which in METHODS[1:]), "export"}),
+    ],
+)
+def test_a_change_reaches_what_it_decides_and_what_depends_on_it(
+    graph: Graph, override: str, reached: set[str]
+) -> None:
+    assert changed(graph, override) == reached
+
+
+def test_the_plain_targets_words_can_be_learned_from_but_features_stay_the_quantized_targets(graph: Graph) -> None:
+    stages = graph("generate.writer=target")
+    assert stages["generate"].inputs["model"].instance == "target"
+    assert stages["eagle-target"].inputs["quantize"].instance == "quantize"
+
+
+def test_without_a_drafter_nothing_is_generated(graph: Graph) -> None:
+    assert set(graph()) - set(graph("eagle=none")) == set(DRAFTER)
 
 
 def test_another_name_reaches_export_alone(graph: Graph) -> None:
@@ -174,6 +222,20 @@ def test_a_targets_fingerprint_is_its_content(graph: Graph, model_directory: Pat
         ("calibrate", "calibrate.sequence_length=8", r"calibrate\.sequence_length=8 is too short"),
         ("calibrate", "calibrate.text.source=file", r"calibrate\.text\.source=file needs calibrate\.text\.path"),
         ("calibrate", "calibrate.text.source=dataset", r"source=dataset needs calibrate\.text\.dataset"),
+        ("generate", "generate.num_tokens=0", r"generate\.num_tokens=0 must be 1 or more"),
+        ("eagle-target", "eagle.vocabulary.size=50000", r"vocabulary\.size=50000 .* the target's vocabulary of 49152"),
+        ("eagle-target", "eagle.vocabulary.size=0", r"eagle\.vocabulary\.size=0 must lie between 1 and"),
+        ("eagle-target", "eagle.vocabulary.trim=[8192]", r"trim=\[8192\] must be below eagle\.vocabulary\.size=8192"),
+        ("eagle-target", "eagle.feature_layers=[2,15,31]", r"feature_layers=\[2, 15, 31\] .* from 0 to 30"),
+        ("eagle-target", "eagle.feature_layers=[-32]", r"feature_layers=\[-32\] must name different layers"),
+        ("eagle-target", "eagle.feature_layers=[30,-1]", r"feature_layers=\[30, -1\] must name different layers"),
+        ("eagle-target", "eagle.feature_layers=[]", r"feature_layers=\[\] must name different layers"),
+        ("eagle-target", "generate.heldout_greedy_share=0.01", r"greedy_share=0\.01 of generate\.num_heldout=64 is no"),
+        ("eagle-target", "eagle.unrolls=0", r"eagle\.unrolls=0 must be 1 or more"),
+        ("eagle-target", "eagle.step_decay=0", r"eagle\.step_decay=0.* must be above 0"),
+        ("eagle-target", "eagle.min_acceptance=1", r"eagle\.min_acceptance=1.* below 1"),
+        ("eagle-target", "eagle.train.max_seconds=null", r"set one or more of eagle\.train\.max_seconds"),
+        ("eagle-target", "eagle.train.learning_rate=-1", r"eagle\.train\.learning_rate=-1.* must be above 0"),
         ("export", "name=a/b", r"name=a/b is not a plain file name"),
         ("export", "bundles=/proc/nowhere", r"bundles=/proc/nowhere: not writable .*set bundles= to a writable"),
     ],
@@ -200,6 +262,26 @@ def test_nothing_held_out_is_refused(graph: Graph) -> None:
     assert stage.check is not None
     with pytest.raises(ValueError, match=r"num_heldout are both 0; quality needs one"):
         stage.check(stage.config)
+
+
+@pytest.mark.parametrize(
+    ("layers", "num_layers", "expected"),
+    [
+        (None, 30, (2, 15, 27)),
+        (None, 2, (0, 1)),
+        ([-1], 30, (30,)),
+        ([27, 2, 15], 30, (2, 15, 27)),
+        ([0, -2], 2, (0, 1)),
+    ],
+)
+def test_feature_layers_count_from_either_end_and_ascend(
+    layers: list[int] | None, num_layers: int, expected: tuple[int, ...]
+) -> None:
+    assert feature_layers({"feature_layers": layers}, num_layers) == expected
+
+
+def test_the_training_settings_of_the_configuration_are_those_of_the_loop() -> None:
+    assert set(TrainConfig.__dataclass_fields__) == set(TrainSettings.__dataclass_fields__)
 
 
 def test_the_default_passes_every_check(graph: Graph) -> None:

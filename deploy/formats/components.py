@@ -1,0 +1,192 @@
+"""What a bundle's manifest says about each of its models, found by opening (and so checking) the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from deploy.formats.chat import ChatTemplate
+from deploy.formats.eagle_record import Acceptance, parse_acceptance, parse_number
+from deploy.formats.errors import BundleError, FormatError
+from deploy.formats.model_dir import ModelDirectory
+from deploy.formats.speculators import EagleDirectory
+
+# target-w4a16: the target again, rounded to integer zero points, where its own form uses an extension.
+MODEL_ROLES = ("target", "target-w4a16")
+# eagle-target: an EAGLE-3 head that drafts for the target.
+DRAFTER_ROLES = ("eagle-target",)
+ROLES = (*MODEL_ROLES, *DRAFTER_ROLES)
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """What a drafter is worth. acceptance: on held-out conversations, greedy, with the weights as the runtime holds
+    them; target: content digest of the quantized target that it was trained on; mbsu: see TrainingRecord."""
+
+    target: str
+    draft_vocab_size: int
+    feature_layers: tuple[int, ...]
+    acceptance: Acceptance
+    mbsu: float
+
+
+@dataclass(frozen=True)
+class Component:
+    """A model of the bundle. path: its directory, relative to the bundle. precision: e.g. "4-bit, groups of 32".
+
+    num_bytes: of its files. drafter: for a role of `DRAFTER_ROLES`, otherwise None.
+    """
+
+    role: str
+    path: str
+    architecture: str
+    precision: str
+    num_parameters: int
+    num_bytes: int
+    context_length: int
+    drafter: Drafter | None = None
+
+
+def describe_precision(model: ModelDirectory) -> str:
+    """One phrase: bits, group sizes and form of the linear layers, and the dtype of the embedding."""
+    phrases = []
+    for name in model.layers:
+        group = model.group(name)
+        if group is None:
+            phrase = f"{model.dtype(f'{name}.weight')} linear layers"
+        else:
+            form = "symmetric" if group.symmetric else "float minima" if group.float_minimum else "zero points"
+            phrase = f"{group.bits}-bit, groups of {group.group_size}, {form}"
+        if phrase not in phrases:
+            phrases.append(phrase)
+    return "; ".join([*phrases, f"{model.dtype('model.embed_tokens.weight')} embedding"])
+
+
+def describe_components(
+    directory: Path, paths: Mapping[str, str], digests: Mapping[str, str]
+) -> Iterable[Component | ValueError]:
+    """Open every model and describe it; in its place, where one is not usable, the reason.
+
+    paths: role → path relative to `directory`. digests: path relative to `directory` → sha256 of the file there.
+    """
+    for role, path in paths.items():
+        try:
+            if role in DRAFTER_ROLES:
+                yield _describe_head(directory, role, path, paths["target"], digests)
+            else:
+                yield _describe_model(directory, role, path)
+        except ValueError as error:
+            yield error
+        except OSError as error:
+            yield BundleError(f"{directory / path}: {error}")
+
+
+def component_json(item: Component) -> dict[str, Any]:
+    """The component as manifest.json holds it, under its role."""
+    content = {
+        "path": item.path,
+        "architecture": item.architecture,
+        "precision": item.precision,
+        "parameters": item.num_parameters,
+        "bytes": item.num_bytes,
+        "context_length": item.context_length,
+    }
+    if item.drafter is None:
+        return content
+    return {**content, "drafter": asdict(item.drafter) | {"feature_layers": list(item.drafter.feature_layers)}}
+
+
+def parse_component(role: str, raw: object) -> Component:
+    """Inverse of `component_json`. Raises BundleError naming the role and the key that is not as documented."""
+    if role not in ROLES:
+        raise BundleError(f"component {role!r} is not known to this version; known: {', '.join(ROLES)}")
+    if not isinstance(raw, Mapping):
+        raise BundleError(f"component {role!r} is not an object")
+    kinds = {"path": str, "architecture": str, "precision": str, "parameters": int, "bytes": int, "context_length": int}
+    for key, kind in kinds.items():
+        if not isinstance(raw.get(key), kind):
+            raise BundleError(f"component {role!r} has no {key}")
+    return Component(
+        role=role,
+        path=raw["path"],
+        architecture=raw["architecture"],
+        precision=raw["precision"],
+        num_parameters=raw["parameters"],
+        num_bytes=raw["bytes"],
+        context_length=raw["context_length"],
+        drafter=_parse_drafter(role, raw.get("drafter")) if role in DRAFTER_ROLES else None,
+    )
+
+
+def _parse_drafter(role: str, raw: object) -> Drafter:
+    kinds: dict[str, type] = {"target": str, "draft_vocab_size": int, "feature_layers": list}
+    if not isinstance(raw, Mapping):
+        raise BundleError(f"component {role!r} has no drafter")
+    for key, kind in kinds.items():
+        if not isinstance(raw.get(key), kind):
+            raise BundleError(f"component {role!r} has no drafter.{key}")
+    try:
+        acceptance = parse_acceptance("drafter.acceptance", raw.get("acceptance"))
+        mbsu = parse_number("drafter.mbsu", raw.get("mbsu"))
+    except FormatError as error:
+        raise BundleError(f"component {role!r}: {error}") from error
+    return Drafter(raw["target"], raw["draft_vocab_size"], tuple(raw["feature_layers"]), acceptance, mbsu)
+
+
+def has_float_minima(directory: Path, path: str) -> bool:
+    """Whether the model at `directory / path` uses the extension `weight_min`."""
+    with ModelDirectory.open(directory / path) as model:
+        groups = model.quantization.groups if model.quantization else ()
+        return any(group.float_minimum for group in groups)
+
+
+def _describe_model(directory: Path, role: str, path: str) -> Component:
+    with ModelDirectory.open(directory / path) as model:
+        return Component(
+            role=role,
+            path=path,
+            architecture=model.shape.model_type,
+            precision=describe_precision(model),
+            num_parameters=model.num_parameters(),
+            num_bytes=_num_bytes(directory / path),
+            context_length=model.shape.context_length,
+        )
+
+
+def _describe_head(directory: Path, role: str, path: str, target_path: str, digests: Mapping[str, str]) -> Component:
+    """Raises FormatError for a head of another target, tokenizer or chat template too."""
+    with ModelDirectory.open(directory / target_path) as model:
+        target = model.shape
+    prefix = f"{target_path}/"
+    target_files = {name.removeprefix(prefix): digest for name, digest in digests.items() if name.startswith(prefix)}
+    template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    with EagleDirectory.open(directory / path, target) as head:
+        try:
+            head.owner.check(target_files, digests.get("tokenizer.json", "none"), ChatTemplate(template).identity)
+        except ValueError as error:
+            raise BundleError(f"{directory / path}: {error}") from error
+        head.weights()
+        config, training = head.config, head.training
+        embedding = "the target's embedding" if config.embedding == "reference" else "its own copy of the embedding"
+        return Component(
+            role=role,
+            path=path,
+            architecture="eagle3",
+            precision=f"BF16, {embedding}",
+            num_parameters=head.num_parameters(),
+            num_bytes=_num_bytes(directory / path),
+            context_length=config.layer.context_length,
+            drafter=Drafter(
+                target=head.owner.content,
+                draft_vocab_size=config.draft_vocab_size,
+                feature_layers=config.feature_layers,
+                acceptance=training.served,
+                mbsu=training.mbsu,
+            ),
+        )
+
+
+def _num_bytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.iterdir() if file.is_file())

@@ -1,0 +1,217 @@
+"""The eagle stage's work: features compared, a vocabulary chosen, the head trained, trimmed, measured, written.
+
+Imported by the stage only when it builds: everything here needs torch.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from deploy.formats.eagle_config import EagleConfig
+from deploy.formats.eagle_record import TrainingRecord
+from deploy.formats.model_dir import ModelDirectory
+from deploy.runtime.cpu_backend import CpuBackend
+from pipeline.graph import BuildContext
+from pipeline.report.drafter import summary_line
+from pipeline.stages.eagle import HEAD, HISTORY, feature_layers, train_settings
+from pipeline.stages.eagle_history import LossLog, write_history
+from pipeline.stages.eagle_inputs import count_vocabulary, read_heldout, read_owner
+from pipeline.stages.eagle_measure import Measured, measure_sizes, write_head
+from pipeline.stages.features import RuntimeFeatures, compare_features
+from pipeline.stages.served_form import SERVED_FORM
+from train.data.conversations import Conversation, read_conversations
+from train.eagle.head import EagleHead
+from train.eagle.initial import make_teacher, start_from_target, target_embedding
+from train.eagle.objective import TrainingTimeTest
+from train.eagle.rollout import HeldOut
+from train.eagle.task import EagleTask
+from train.loop.loop import train
+from train.loop.settings import TrainSettings
+from train.loop.state import TrainResult
+from train.vocabulary import keep_most_frequent, vocabulary_maps
+
+CHECKPOINTS = "checkpoints"
+LOSS = "loss.jsonl"
+PERCENT = 100
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Conversations, and counts int64 [V] of what the draft vocabulary is chosen by."""
+
+    train: Sequence[Conversation]
+    heldout: Sequence[Conversation]
+    counts: Any
+
+
+def train_head(unkeyed: dict[str, Any], threads: int | None, context: BuildContext) -> None:
+    """Fills the stage's artifact. unkeyed: training settings that are no part of its key."""
+    config, model_dir = context.config, context.inputs["quantize"] / "model"
+    owner = read_owner(context)
+    settings = train_settings({**config["train"], **unkeyed})
+    with ModelDirectory.open(model_dir) as target:
+        data = _read_data(context, target.shape.vocab_size)
+        layers = feature_layers(config, target.shape.num_layers)
+        backend = CpuBackend(target, threads=threads)
+        source = RuntimeFeatures(backend, sorted({*layers, target.shape.num_layers}))
+        compared = compare_features(source, model_dir, _sample(context, data.train))
+        columns = tuple(source.layers.index(layer) for layer in layers)
+        heldout = HeldOut(data.heldout, source, columns)
+        draft_ids = keep_most_frequent(data.counts, config["vocabulary"]["size"], target.eos_token_ids)
+        task, head = _make_task(context, target, layers, columns, heldout, draft_ids)
+        result = _train(context, task, data.train, settings, source)
+        measured = measure_sizes(
+            head, heldout, target, data.counts, draft_ids, config["vocabulary"]["trim"], backend.weight_bytes
+        )
+    is_timed = settings.max_seconds is not None
+    record = _record(config, measured, result, data, is_timed=is_timed)
+    write_head(context.out / HEAD, measured, owner, record)
+    write_history(context.out / HISTORY, LossLog(context.out / LOSS), result.evaluations, with_seconds=is_timed)
+    shutil.rmtree(context.out / CHECKPOINTS)
+    (context.out / LOSS).unlink()
+    _summarize(context, record, measured, result, compared, is_timed=is_timed)
+
+
+def _read_data(context: BuildContext, vocab_size: int) -> _Data:
+    config, generated = context.config, context.inputs["generate"]
+    conversations = read_conversations(generated, "train")
+    tokenizer = context.inputs["target"] / "model" / "tokenizer.json"
+    counts = count_vocabulary(config["vocabulary"]["counts"], conversations, tokenizer, vocab_size)
+    return _Data(conversations, read_heldout(generated, config["heldout_conversations"]), counts)
+
+
+def _sample(context: BuildContext, conversations: Sequence[Conversation]) -> list[Any]:
+    """Token ids of a few conversations, drawn at random."""
+    count = min(context.config["compared_conversations"], len(conversations))
+    chosen = np.random.default_rng(context.seed).choice(len(conversations), count, replace=False)
+    return [conversations[index].token_ids for index in chosen]
+
+
+def _make_task(
+    context: BuildContext,
+    target: ModelDirectory,
+    layers: tuple[int, ...],
+    columns: tuple[int, ...],
+    heldout: HeldOut,
+    draft_ids: npt.NDArray[np.int64],
+) -> tuple[EagleTask, EagleHead]:
+    """A head that starts from the target, and what it is to learn. columns: places of `layers` among the features."""
+    import torch
+
+    config, ids = context.config, torch.from_numpy(draft_ids)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(context.seed)
+    shape = EagleConfig.for_target(
+        target.shape,
+        draft_vocab_size=len(draft_ids),
+        feature_layers=layers,
+        norm_before_residual=config["norm_before_residual"],
+        num_drafted=config["num_drafted"],
+        embedding=config["embedding"],
+    )
+    head = EagleHead(shape, target_embedding(target))
+    start_from_target(head, target, ids)
+    _, in_vocabulary = vocabulary_maps(draft_ids, target.shape.vocab_size)
+    objective = TrainingTimeTest(
+        teacher=make_teacher(target, ids).to(device),
+        in_vocabulary=torch.from_numpy(in_vocabulary).to(device),
+        num_steps=config["unrolls"],
+        decay=config["step_decay"],
+        feature_columns=columns,
+        teacher_column=len({*layers, target.shape.num_layers}) - 1,
+    )
+    return EagleTask(head, objective, heldout, ids.to(device), config["num_drafted"]), head
+
+
+def _train(
+    context: BuildContext, task: EagleTask, conversations: Sequence[Conversation], settings: TrainSettings, source: Any
+) -> TrainResult:
+    loss = LossLog(context.out / LOSS)
+
+    def on_log(step: int, metrics: dict[str, float]) -> None:
+        loss.add(step, metrics)
+        context.tracker.log(context.stage, metrics, step)
+
+    with context.progress(PERCENT, "training the head", "%") as bar:
+        shown = 0
+
+        def on_progress(share: float, _seconds_left: float) -> None:
+            nonlocal shown
+            reached = int(share * PERCENT)
+            bar.update(reached - shown)
+            shown = reached
+
+        return train(
+            task,
+            conversations,
+            settings,
+            context.out / CHECKPOINTS,
+            seed=context.seed,
+            features=source,
+            on_log=on_log,
+            on_progress=on_progress,
+        )
+
+
+def _record(
+    config: dict[str, Any], measured: Measured, result: TrainResult, data: _Data, *, is_timed: bool
+) -> TrainingRecord:
+    written = sum(int(found.loss_mask().sum()) for found in data.train)
+    covered = float(data.counts[measured.draft_ids].sum() / data.counts.sum())
+    return TrainingRecord(
+        tokens=result.tokens,
+        seconds=round(result.elapsed_seconds, 1) if is_timed else None,
+        served=measured.served,
+        served_form=SERVED_FORM,
+        plain=measured.plain,
+        cost_ratio=measured.cost_ratio,
+        mbsu=measured.mbsu,
+        settings=config,
+        data={
+            "train_conversations": len(data.train),
+            "train_written_tokens": written,
+            "heldout_conversations": len(data.heldout),
+            "epochs": round(result.epochs, 3),
+            "best_step": result.best.step,
+            "precision": result.precision,
+            "vocabulary_coverage": round(covered, 5),
+            "vocabulary_choices": [asdict(choice) for choice in measured.choices],
+        },
+    )
+
+
+def _summarize(
+    context: BuildContext,
+    record: TrainingRecord,
+    measured: Measured,
+    result: TrainResult,
+    compared: dict[str, Any],
+    *,
+    is_timed: bool,
+) -> None:
+    num_bytes = sum(file.stat().st_size for file in (context.out / HEAD).iterdir())
+    figures = {
+        "tau": record.served.tau,
+        "tau_as_trained": record.plain.tau,
+        "mbsu": record.mbsu,
+        "draft_vocab_size": len(measured.draft_ids),
+        "tokens": result.tokens,
+        "tokens_per_second": round(result.tokens / result.elapsed_seconds, 1),
+        "training_seconds": round(result.elapsed_seconds, 1),
+        "evaluation_seconds": round(result.evaluation_seconds, 1),
+    }
+    context.summary.update(figures, acceptance_by_position=list(record.served.by_position), data=dict(record.data))
+    context.summary.update(features=compared, is_reproducible=not is_timed, skipped_steps=result.skipped_steps)
+    context.summary["lines"] = [
+        summary_line(context.stage, record.served, num_bytes),
+        f"trained on {result.tokens:,} tokens in {result.elapsed_seconds:.0f} s"
+        f" ({figures['tokens_per_second']:.0f} tokens/s); draft vocabulary {len(measured.draft_ids)};"
+        f" τ {record.plain.tau:.2f} before rounding; MBSU {record.mbsu:.2f}",
+    ]
+    context.tracker.summary(context.stage, figures)
