@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deploy.formats.eagle_config import EagleConfig
@@ -141,3 +142,12 @@ def test_evaluation_is_the_replay_of_the_held_out_texts(
 ) -> None:
     made = make(eagle, target, model)
     assert made.task.evaluate(made.head) == made.held_out.replay(made.head, torch.arange(50), 4).metrics()
+
+
+def test_a_new_head_has_the_targets_rows_and_passes_the_last_state_through(
+    eagle: Any, target: ModelDirectory, model: LlamaForCausalLM
+) -> None:
+    head = make(eagle, target, model).head
+    torch.testing.assert_close(head.lm_head.weight.detach(), model.lm_head.weight[:50].detach())
+    states = torch.randn(3, 3 * 24)
+    torch.testing.assert_close(linear(states, head.fc.weight).detach(), states[:, -24:])
