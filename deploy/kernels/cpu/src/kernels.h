@@ -107,6 +107,8 @@ struct Kernels {
   // Sampling over n floats, n padded to a multiple of 16 by the caller's buffer
   Finite (*find_maximum)(const float* x, int32_t n);
   void (*divide)(const float* x, float by, int32_t n, float* y);
+  // Writes the indices of all x >= lowest, ascending, and returns how many; `indices` has room for n.
+  int32_t (*find_above)(const float* x, float lowest, int32_t n, int32_t* indices);
   double (*sum_exp)(const float* x, float maximum, int32_t n);
   void (*exp_difference)(const float* x, float maximum, int32_t n, float* y);
   void (*gumbel)(const uint32_t* words, int32_t n, float* y);

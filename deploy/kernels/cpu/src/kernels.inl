@@ -530,6 +530,23 @@ void divide(const float* x, float by, int32_t n, float* y) {
   for (int32_t i = 0; i < n; i += 16) store_at(y, i, n, div(load_at(x, i, n, 0.0f), set1(by)));
 }
 
+// Most blocks hold nothing that large, and one comparison tells.
+int32_t find_above(const float* x, float lowest, int32_t n, int32_t* indices) {
+  constexpr int32_t kBlock = 64;
+  int32_t count = 0, i = 0;
+  for (; i + kBlock <= n; i += kBlock) {
+    const Floats largest = max(max(load(x + i), load(x + i + 16)), max(load(x + i + 32), load(x + i + 48)));
+    if (max_lanes(largest) < lowest) continue;
+    for (int32_t j = i; j < i + kBlock; ++j) {
+      indices[count] = j;
+      count += x[j] >= lowest;
+    }
+  }
+  for (; i < n; ++i)
+    if (x[i] >= lowest) indices[count++] = i;
+  return count;
+}
+
 double sum_exp(const float* x, float maximum, int32_t n) {
   double total = 0.0;
   for (int32_t i = 0; i < n; i += 16) {
@@ -600,7 +617,7 @@ void measure_dot(int64_t rounds) {
 constexpr Kernels kTable = {
     matmul_tile, finish_store, finish_add, finish_silu, quantize,         rms_norm,
     rotate,      to_half,      widen,        attend,     attend_finish, embed,          to_float32,
-    quantize_weights, find_maximum, divide, sum_exp,     exp_difference, gumbel,
+    quantize_weights, find_maximum, divide, find_above, sum_exp, exp_difference, gumbel,
     measure_read, measure_dot, 4.0 * kTile * kGroup,
 };
 

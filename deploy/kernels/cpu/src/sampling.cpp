@@ -85,9 +85,15 @@ void Sampler::truncate(const us_sampling& how) {
 
 // Replaces kept_ by every index with z >= lowest, in order of index.
 void Sampler::keep_above(float lowest) {
-  kept_.clear();
-  for (int32_t i = 0; i < n_; ++i)
-    if (z_[static_cast<size_t>(i)] >= lowest) kept_.push_back(i);
+  if (found_.size() < static_cast<size_t>(n_)) found_.resize(static_cast<size_t>(n_));
+  kept_.assign(found_.data(), found_.data() + kernels_.find_above(z_.data(), lowest, n_, found_.data()));
+}
+
+// weights_[i] becomes exp(z − largest) of the i-th kept one.
+void Sampler::weigh_kept() {
+  weights_.resize(kept_.size());
+  for (size_t i = 0; i < kept_.size(); ++i) weights_[i] = z_[static_cast<size_t>(kept_[i])];
+  kernels_.exp_difference(weights_.data(), largest_, static_cast<int32_t>(weights_.size()), weights_.data());
 }
 
 // Largest first, ties by id.
@@ -115,9 +121,7 @@ void Sampler::keep_top_p(double top_p) {
     keep_above(-std::numeric_limits<float>::infinity());
     sort_kept();
   }
-  weights_.resize(kept_.size());
-  for (size_t i = 0; i < kept_.size(); ++i) weights_[i] = z_[static_cast<size_t>(kept_[i])];
-  kernels_.exp_difference(weights_.data(), largest_, static_cast<int32_t>(weights_.size()), weights_.data());
+  weigh_kept();
   double total = 0, sum = 0;
   for (const float weight : weights_) total += weight;
   size_t count = 0;
@@ -126,34 +130,63 @@ void Sampler::keep_top_p(double top_p) {
   keeps_all_ = false;
 }
 
-// Without sorting the whole vocabulary: the total is summed in another order than the definition's, which decides
-// nothing unless a prefix comes within rounding of the threshold. Returns false then, or when too many are needed.
+// Without sorting the vocabulary: sums are taken in another order than the definition's, which decides nothing unless
+// one comes within rounding of the threshold. Returns false then.
 bool Sampler::keep_top_p_of_few(double top_p) {
   const double threshold = top_p * kernels_.sum_exp(z_.data(), largest_, n_);
   for (float depth = 5.0f; depth < 100.0f; depth *= 2) {
     keep_above(largest_ - depth);
-    sort_kept();
-    weights_.resize(kept_.size());
-    for (size_t i = 0; i < kept_.size(); ++i) weights_[i] = z_[static_cast<size_t>(kept_[i])];
-    kernels_.exp_difference(weights_.data(), largest_, static_cast<int32_t>(weights_.size()), weights_.data());
+    weigh_kept();
     double sum = 0;
-    for (size_t i = 0; i < kept_.size(); ++i) {
-      sum += weights_[i];
-      if (sum < threshold * (1 - kSumError)) continue;
-      if (sum < threshold * (1 + kSumError)) return false;
-      kept_.resize(i + 1);
-      keeps_all_ = false;
-      return true;
+    for (const float weight : weights_) sum += weight;
+    if (sum >= threshold * (1 + kSumError)) return cut_kept(threshold);
+  }
+  return false;
+}
+
+// Leaves the shortest prefix of kept_, largest first, whose weights reach the threshold, in order of index. The prefix's
+// end is found by halving, so that few are sorted. Returns false where rounding could decide.
+bool Sampler::cut_kept(double threshold) {
+  constexpr size_t kFew = 32;
+  order_.resize(kept_.size());
+  for (size_t i = 0; i < kept_.size(); ++i) order_[i] = {z_[static_cast<size_t>(kept_[i])], kept_[i], weights_[i]};
+  const auto comes_before = [](const Candidate& a, const Candidate& b) {
+    return a.z > b.z || (a.z == b.z && a.index < b.index);
+  };
+  double before = 0;  // the weights of everything before `begin`
+  auto begin = order_.begin(), end = order_.end();
+  while (end - begin > static_cast<std::ptrdiff_t>(kFew)) {
+    const auto middle = begin + (end - begin) / 2;
+    std::nth_element(begin, middle, end, comes_before);
+    double sum = before;
+    for (auto at = begin; at != middle; ++at) sum += at->weight;
+    if (std::fabs(sum - threshold) <= kSumError * threshold) return false;
+    if (sum > threshold) {
+      end = middle;
+    } else {
+      before = sum;
+      begin = middle;
     }
+  }
+  std::sort(begin, end, comes_before);
+  for (auto at = begin; at != end; ++at) {
+    before += at->weight;
+    if (std::fabs(before - threshold) <= kSumError * threshold) return false;
+    if (before < threshold) continue;
+    const Candidate last = *at;
+    size_t count = 0;
+    for (const int32_t index : kept_)
+      if (!comes_before(last, {z_[static_cast<size_t>(index)], index, 0.0f})) kept_[count++] = index;
+    kept_.resize(count);
+    keeps_all_ = false;
+    return true;
   }
   return false;
 }
 
 void Sampler::keep_min_p(float min_p) {
   if (keeps_all_) keep_above(-std::numeric_limits<float>::infinity());
-  weights_.resize(kept_.size());
-  for (size_t i = 0; i < kept_.size(); ++i) weights_[i] = z_[static_cast<size_t>(kept_[i])];
-  kernels_.exp_difference(weights_.data(), largest_, static_cast<int32_t>(weights_.size()), weights_.data());
+  weigh_kept();
   size_t count = 0;
   for (size_t i = 0; i < kept_.size(); ++i)
     if (weights_[i] >= min_p) kept_[count++] = kept_[i];
@@ -173,11 +206,9 @@ int32_t Sampler::sample(const us_sampling& how, int64_t position) {
   // The second part allows for the rounding of z + noise where z is large.
   const float reached = best_score_ - kLargestNoise - 1e-6f * std::fabs(largest_);
   const float done = largest_ - 3.0f;
-  kept_.clear();
-  for (int32_t i = 0; i < n_; ++i) {
-    const float z = z_[static_cast<size_t>(i)];
-    if (z >= reached && z < done) kept_.push_back(i);
-  }
+  keep_above(reached);
+  const auto is_done = [&](int32_t index) { return z_[static_cast<size_t>(index)] >= done; };
+  kept_.erase(std::remove_if(kept_.begin(), kept_.end(), is_done), kept_.end());
   consider(kept_, how, position);
   return best_;
 }

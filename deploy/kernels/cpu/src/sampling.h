@@ -29,7 +29,9 @@ class Sampler {
   void keep_top_p(double top_p);
   bool keep_top_p_of_few(double top_p);
   void keep_min_p(float min_p);
+  bool cut_kept(double threshold);
   void keep_above(float lowest);
+  void weigh_kept();
   void sort_kept();
   int32_t sample(const us_sampling& how, int64_t position);
   void consider(const std::vector<int32_t>& indices, const us_sampling& how, int64_t position);
@@ -40,8 +42,15 @@ class Sampler {
   const int64_t* ids_ = nullptr;
   float largest_ = 0.0f;
   Buffer<float> z_, weights_;
-  std::vector<int32_t> seen_, kept_;  // kept_: indices that truncation leaves; sorted where is_sorted_
+  std::vector<int32_t> seen_, kept_;  // kept_: indices that truncation leaves
   bool keeps_all_ = true;
+  struct Candidate {
+    float z;
+    int32_t index;
+    float weight;
+  };
+  std::vector<Candidate> order_;
+  Buffer<int32_t> found_;
   Buffer<uint32_t> words_;
   Buffer<float> noise_;
   int32_t best_ = -1;
