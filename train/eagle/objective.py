@@ -7,8 +7,6 @@ Deviation: a draft counts where the draft vocabulary has the token that the targ
 the token that it finds likeliest. On greedy text these are the same. On sampled text a position then counts, on
 average, by the share of the target's probability that the draft vocabulary covers, as it would in the loss over the
 whole vocabulary; and the step saves the product with the target's whole lm_head that finding the likeliest token takes.
-SmolLM2-135M, 4096 draft tokens: 0.02 % of greedy positions and 4.9 % of sampled ones are judged differently; 4.5 %
-instead of 3.7 % of sampled ones are left out.
 """
 
 from dataclasses import dataclass
