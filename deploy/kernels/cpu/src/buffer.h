@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <new>
 #include <vector>
 
@@ -24,5 +25,7 @@ struct CacheLineAllocator {
 
 template <class T>
 using Buffer = std::vector<T, CacheLineAllocator<T>>;
+
+inline size_t product(int32_t a, int32_t b) { return static_cast<size_t>(a) * static_cast<size_t>(b); }
 
 }  // namespace understudy
