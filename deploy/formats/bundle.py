@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from deploy.formats.architectures import ModelShape
 from deploy.formats.chat import ChatTemplate
 from deploy.formats.components import (
     MODEL_ROLES,
@@ -26,6 +27,7 @@ from deploy.formats.components import (
 )
 from deploy.formats.errors import BundleError, FormatError
 from deploy.formats.model_dir import ModelDirectory, read_json
+from deploy.formats.speculators import EagleDirectory
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -264,6 +266,10 @@ class Bundle:
     def model(self, role: str = "target") -> ModelDirectory:
         """Open one of the bundle's models."""
         return ModelDirectory.open(self.path / self.component(role).path)
+
+    def head(self, role: str, above: ModelShape) -> EagleDirectory:
+        """Open one of the bundle's EAGLE heads; above: the shape of the model that it drafts for."""
+        return EagleDirectory.open(self.path / self.component(role).path, above)
 
     def chat_template(self) -> ChatTemplate:
         """The template, with the special tokens that tokenizer_config.json names."""

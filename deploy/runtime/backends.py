@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from deploy.formats.model_dir import ModelDirectory
+from deploy.formats.speculators import EagleDirectory
 from deploy.runtime.backend import Backend
+from deploy.runtime.drafters.base import DraftModel
 
 BackendName = Literal["cpu", "reference-int8", "reference-bf16"]
 
@@ -25,3 +27,19 @@ def open_backend(name: BackendName, directory: ModelDirectory, *, threads: int |
 
         return ReferenceBackend(directory, activations="int8" if name == "reference-int8" else "bf16")
     raise ValueError(f"backend={name!r} is not known; use {', '.join(get_args(BackendName))}")
+
+
+def open_head(head: EagleDirectory, above: Backend, *, threads: int | None = None) -> DraftModel:
+    """An EAGLE head on the backend of the model that it drafts for. Raises ValueError where there is none for it."""
+    from deploy.kernels.reference.model import ReferenceBackend
+    from deploy.runtime.cpu_backend import CpuBackend
+
+    if isinstance(above, CpuBackend):
+        from deploy.runtime.cpu_eagle import CpuEagle
+
+        return CpuEagle(head, above, threads=threads)
+    if isinstance(above, ReferenceBackend):
+        from deploy.kernels.reference.eagle import ReferenceEagle
+
+        return ReferenceEagle(head, above)
+    raise ValueError(f"no EAGLE head runs on a {type(above).__name__}")

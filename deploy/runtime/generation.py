@@ -1,4 +1,8 @@
-"""The decoding loop: any number of requests in flight, one forward for all of them, text out as it becomes certain."""
+"""The decoding loop: any number of requests in flight, one forward for all of them, text out as it becomes certain.
+
+A round is a draft for each request, one forward that verifies them all, and what it makes certain. Plain decoding is
+the same loop with a drafter that proposes nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,13 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
-from deploy.runtime.backend import SEQUENCE_END, Backend, Row
+from deploy.runtime.backend import Backend
+from deploy.runtime.drafters.base import Drafter, can_propose
 from deploy.runtime.sampling import SamplingParams
+from deploy.runtime.speculation import Speculation
 from deploy.runtime.text import IncrementalDecoder, StopFilter
+from deploy.runtime.tree import Draft
+from deploy.runtime.verify import Job, Verified, verify
 
 FinishReason = Literal["eos", "stop", "length"]
 ROWS_PER_CALL = 512
@@ -37,7 +45,8 @@ class GenerationOptions:
 class Generation:
     """An answer. token_ids include the one that ended it; seconds are wall time of the two phases.
 
-    num_cached_tokens: how many of the prompt's tokens an earlier turn had left in the cache.
+    num_cached_tokens: how many of the prompt's tokens an earlier turn had left in the cache. speculation: what the
+    drafts came to.
     """
 
     text: str
@@ -47,6 +56,7 @@ class Generation:
     num_cached_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    speculation: Speculation = field(default_factory=Speculation)
 
 
 @dataclass(frozen=True)
@@ -95,21 +105,36 @@ class Stream:
         self.path = list(request.prompt)
         self.num_kept = self.num_reused = num_cached
         self.finish_reason: FinishReason | None = None
+        self.speculation = Speculation()
         self._tokenizer = tokenizer
         is_text_needed = bool(request.options.stop) or request.on_text is not None
         self._writer = _Writer(tokenizer, request.options.stop, request.on_text) if is_text_needed else None
         self._num_prompt, self._max_tokens = len(self.path), request.options.max_tokens
         self._start, self._prefilled = time.perf_counter(), 0.0
 
-    def rows(self, begin: int, budget: int) -> list[Row]:
-        """At most `budget` rows that come next; `begin`: the index in the call of the first one."""
-        first = self.num_kept
-        end = min(len(self.path), first + budget)
-        rows = [Row(self.path[first], first, self.sequence, SEQUENCE_END)]
-        rows += [Row(self.path[p], p, self.sequence, begin + p - first - 1) for p in range(first + 1, end)]
-        return rows
+    def job(self, drafter: Drafter, num_rows: int) -> Job:
+        """The next rows, at most `num_rows` of them the text's: a part of the prompt, or what is left with a draft."""
+        pending = self.path[self.num_kept : self.num_kept + num_rows]
+        is_part = self.num_kept + len(pending) < len(self.path)
+        options, draft = self.request.options, Draft()
+        budget = self._num_prompt + self._max_tokens - len(self.path) - 1  # the model adds a token of its own
+        if not is_part and budget > 0 and self._prefilled and can_propose(drafter, len(pending)):
+            begin = time.perf_counter()
+            draft = drafter.propose(self.sequence, self.path, budget, options.sampling, options.sample_index)
+            self.speculation.draft_seconds += time.perf_counter() - begin
+        return Job(self.sequence, self.num_kept, pending, draft, options.sampling, options.sample_index, is_part)
 
-    def accept(self, token: int, eos: frozenset[int]) -> None:
+    def take(self, found: Verified, eos: frozenset[int]) -> int:
+        """What a forward made certain; how many tokens of the answer. Those behind its last one are dropped."""
+        self.num_kept += len(found.computed)
+        before = len(self.path)
+        for token in found.tokens:
+            self._accept(token, eos)
+            if self.finish_reason is not None:
+                break
+        return len(self.path) - before
+
+    def _accept(self, token: int, eos: frozenset[int]) -> None:
         """The token that follows the path; decides whether the answer ends with it."""
         if not self._prefilled:
             self._prefilled = time.perf_counter()
@@ -135,6 +160,7 @@ class Stream:
             num_cached_tokens=self.num_reused,
             prefill_seconds=self._prefilled - self._start,
             decode_seconds=time.perf_counter() - self._prefilled,
+            speculation=self.speculation,
         )
 
     def _decoded(self, token_ids: tuple[int, ...]) -> str:
@@ -142,23 +168,30 @@ class Stream:
         return str(self._tokenizer.decode(list(shown), skip_special_tokens=True))
 
 
-def step(backend: Backend, streams: Sequence[Stream], eos: frozenset[int]) -> None:
-    """One forward for all `streams` (none finished): each gets its next token, or a further part of its prompt read."""
-    rows: list[Row] = []
-    parts: list[tuple[Stream, range]] = []
+def step(backend: Backend, drafter: Drafter, streams: Sequence[Stream], eos: frozenset[int]) -> None:
+    """One round for all `streams` (none finished): each gets one token or more, or a further part of its prompt read.
+
+    A drafter must see every computed token of a stream's sequence: it begins where the stream does.
+    """
+    jobs: list[Job] = []
+    num_rows = 0
     for stream in streams:
-        begin = len(rows)
-        rows += stream.rows(begin, max(ROWS_PER_CALL - begin, 1))
-        parts.append((stream, range(begin, len(rows))))
-    complete = [(stream, part) for stream, part in parts if stream.num_kept + len(part) == len(stream.path)]
-    chosen = backend.forward_tokens(
-        rows,
-        [stream.request.options.sampling for stream, _ in complete],
-        token_rows=[part[-1] for _, part in complete],
-        sample_index=[stream.request.options.sample_index for stream, _ in complete],
-    )
-    for stream, part in parts:
-        backend.keep(stream.sequence, part)
-        stream.num_kept += len(part)
-    for (stream, _), token in zip(complete, chosen.tokens, strict=True):
-        stream.accept(token, eos)
+        jobs.append(stream.job(drafter, max(ROWS_PER_CALL - num_rows, 1)))
+        num_rows += len(jobs[-1].pending) + len(jobs[-1].draft)
+    begin = time.perf_counter()
+    verified = verify(backend, jobs, drafter.taps)
+    seconds = time.perf_counter() - begin
+    for stream, job, found in zip(streams, jobs, verified, strict=True):
+        drafter.commit(stream.sequence, found.computed, found.features)
+        num_emitted = stream.take(found, eos)
+        if found.tokens:
+            stream.speculation.count(job.draft, len(found.tokens) - 1, num_emitted, seconds / len(streams))
+        if stream.num_kept >= len(stream.path):  # the answer ended within the draft
+            stream.num_kept = go_back(backend, drafter, stream.sequence, len(stream.path) - 1)
+
+
+def go_back(backend: Backend, drafter: Drafter, sequence: int, length: int) -> int:
+    """Make model and drafter forget the sequence's tokens from `length` on; how many both can go on from."""
+    length = drafter.begin(sequence, length)
+    backend.truncate(sequence, length)
+    return length

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from tokenizers import Tokenizer
 
 from deploy.runtime.backend import Backend
-from deploy.runtime.generation import Generation, Request, Stream, step
+from deploy.runtime.drafters.base import Drafter
+from deploy.runtime.drafters.none import NoDrafter
+from deploy.runtime.generation import Generation, Request, Stream, go_back, step
 
 
 class Scheduler:
@@ -16,11 +18,20 @@ class Scheduler:
 
     An answer does not depend on which others are in flight: a row's result is its own (docs/numerics.md). What a
     prompt shares with the text that a free sequence's cache still holds (a system prompt, earlier turns) is not
-    computed again. sequences: of the backend, used by nobody else; reset when all requests are answered.
+    computed again. sequences: of backend and drafter, used by nobody else; reset when all requests are answered.
+    drafter: for `backend`; by default nobody drafts.
     """
 
-    def __init__(self, backend: Backend, tokenizer: Tokenizer, sequences: Sequence[int], eos: frozenset[int]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        sequences: Sequence[int],
+        eos: frozenset[int],
+        drafter: Drafter | None = None,
+    ) -> None:
         self._backend, self._tokenizer, self._eos = backend, tokenizer, eos
+        self._drafter: Drafter = NoDrafter() if drafter is None else drafter
         self._waiting: deque[tuple[int, Request]] = deque()
         self._active: dict[int, Stream] = {}
         self._free: dict[int, list[int]] = {sequence: [] for sequence in sequences}  # sequence → tokens in its cache
@@ -42,7 +53,7 @@ class Scheduler:
             while self._waiting or self._active:
                 while self._waiting and self._free:
                     self._begin(*self._waiting.popleft())
-                step(self._backend, list(self._active.values()), self._eos)
+                step(self._backend, self._drafter, list(self._active.values()), self._eos)
                 ended = [number for number, stream in self._active.items() if stream.finish_reason]
                 for number in ended:
                     stream = self._active.pop(number)
@@ -57,8 +68,8 @@ class Scheduler:
         shared = {sequence: shared_length(cached, needed) for sequence, cached in self._free.items()}
         sequence = max(shared, key=shared.__getitem__)
         del self._free[sequence]
-        self._backend.truncate(sequence, shared[sequence])
-        self._active[number] = Stream(request, sequence, self._tokenizer, shared[sequence])
+        num_shared = go_back(self._backend, self._drafter, sequence, shared[sequence])
+        self._active[number] = Stream(request, sequence, self._tokenizer, num_shared)
 
     def _abandon(self) -> None:
         """Forget every request and empty the caches."""
@@ -67,6 +78,7 @@ class Scheduler:
         self._active.clear()
         for sequence in self._free:
             self._backend.reset(sequence)
+            self._drafter.reset(sequence)
             self._free[sequence] = []
 
 

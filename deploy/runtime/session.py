@@ -11,7 +11,10 @@ from deploy.formats.chat import ChatTemplate
 from deploy.formats.errors import BundleError
 from deploy.runtime.backend import Backend
 from deploy.runtime.backends import BackendName, open_backend
-from deploy.runtime.generation import Generation, GenerationOptions, Request, Stream, step
+from deploy.runtime.drafters.base import Drafter
+from deploy.runtime.drafters.none import NoDrafter
+from deploy.runtime.generation import Generation, GenerationOptions, Request, Stream, go_back, step
+from deploy.runtime.modes import DrafterFactory, DraftOptions, Mode
 from deploy.runtime.scheduler import Scheduler, shared_length
 
 CHAT_SEQUENCE = 0
@@ -28,18 +31,49 @@ def open_tokenizer(bundle: Bundle) -> Tokenizer:
 
 
 class Session:
-    """Answers prompts. The result depends on the prompt and the options, not on what was asked before."""
+    """Answers prompts. The result depends on the prompt and the options, not on what was asked before nor on who drafts.
+
+    drafter: for `backend`; by default nobody drafts.
+    """
 
     def __init__(
-        self, backend: Backend, tokenizer: Tokenizer, template: ChatTemplate, eos_token_ids: Sequence[int]
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        eos_token_ids: Sequence[int],
+        drafter: Drafter | None = None,
     ) -> None:
         self.backend, self.tokenizer, self.template = backend, tokenizer, template
+        self._drafter: Drafter = NoDrafter() if drafter is None else drafter
         self._eos = frozenset(eos_token_ids)
         self._cached: list[int] = []  # the tokens that CHAT_SEQUENCE's cache holds
 
+    @property
+    def drafter(self) -> Drafter:
+        return self._drafter
+
+    def use(self, drafter: Drafter) -> None:
+        """Draft by `drafter` from now on; what earlier turns left in the caches is forgotten."""
+        self.backend.reset(CHAT_SEQUENCE)
+        self._drafter.reset(CHAT_SEQUENCE)
+        drafter.reset(CHAT_SEQUENCE)
+        self._drafter, self._cached = drafter, []
+
     @classmethod
-    def open(cls, bundle: Bundle, *, backend: BackendName = "cpu", threads: int | None = None) -> Session:
-        """Load the bundle's target. Raises ValueError naming file and reason when something does not fit."""
+    def open(
+        cls,
+        bundle: Bundle,
+        *,
+        mode: Mode = "plain",
+        drafts: DraftOptions | None = None,
+        backend: BackendName = "cpu",
+        threads: int | None = None,
+    ) -> Session:
+        """Load the bundle's target and what `mode` needs beside it.
+
+        Raises ValueError naming file and reason when something does not fit, or the bundle cannot do `mode`.
+        """
         directory = bundle.model("target")
         tokenizer = open_tokenizer(bundle)
         if tokenizer.get_vocab_size() > directory.shape.vocab_size:
@@ -48,7 +82,8 @@ class Session:
                 f"the target's vocabulary {directory.shape.vocab_size}"
             )
         opened = open_backend(backend, directory, threads=threads)
-        return cls(opened, tokenizer, bundle.chat_template(), directory.eos_token_ids)
+        drafter = DrafterFactory(bundle, opened, backend, threads).make(mode, drafts)
+        return cls(opened, tokenizer, bundle.chat_template(), directory.eos_token_ids, drafter)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Tokens of a conversation up to where the answer begins."""
@@ -84,11 +119,11 @@ class Session:
         """
         self._check_length(prompt, options.max_tokens)
         num_shared = shared_length(self._cached, prompt[:-1])  # the last token is run to get what follows it
-        self.backend.truncate(CHAT_SEQUENCE, num_shared)
+        num_shared = go_back(self.backend, self._drafter, CHAT_SEQUENCE, num_shared)
         stream = Stream(Request(prompt, options, on_text), CHAT_SEQUENCE, self.tokenizer, num_shared)
         try:
             while stream.finish_reason is None:
-                step(self.backend, [stream], self._eos)
+                step(self.backend, self._drafter, [stream], self._eos)
         finally:
             self._cached = stream.path[: stream.num_kept]
         return stream.result()
@@ -105,7 +140,7 @@ class Session:
         for request in requests:
             self._check_length(request.prompt, request.options.max_tokens)
         sequences = range(CHAT_SEQUENCE + 1, CHAT_SEQUENCE + 1 + num_sequences)
-        scheduler = Scheduler(self.backend, self.tokenizer, sequences, self._eos)
+        scheduler = Scheduler(self.backend, self.tokenizer, sequences, self._eos, self._drafter)
         for request in requests:
             scheduler.submit(request)
         return scheduler.answers()
