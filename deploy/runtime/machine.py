@@ -36,3 +36,10 @@ def describe_machine(runtime: NativeRuntime | None) -> dict[str, Any]:
         "threads": runtime.threads if runtime else None,
         "load_average": round(os.getloadavg()[0], 2),
     }
+
+
+def describe_device(model: object) -> dict[str, Any]:
+    """What decides how long a model's forwards take: the machine as above, but for how busy it is."""
+    described = describe_machine(getattr(model, "runtime", None))
+    del described["load_average"]
+    return described | {"backend": type(model).__name__}

@@ -15,9 +15,10 @@ from deploy.runtime.drafters.model import EagleDrafter, LanguageModelDrafter
 from deploy.runtime.drafters.none import NoDrafter
 from deploy.runtime.tree import TreeLimits
 
-Mode = Literal["plain", "lookup", "chain", "eagle", "eagle-tree", "opt-tree", "cascade", "cascade-lookup"]
+Mode = Literal["auto", "plain", "lookup", "chain", "eagle", "eagle-tree", "opt-tree", "cascade", "cascade-lookup"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 NEEDS: dict[Mode, tuple[str, ...]] = {
+    "auto": (),
     "plain": (),
     "lookup": (),
     "chain": ("intermediate",),
@@ -79,6 +80,12 @@ class DrafterFactory:
                 f"mode={mode!r} needs {' and '.join(missing)}, which {self.bundle.path} does not have; "
                 f"it can: {', '.join(available_modes(self.bundle))}"
             )
+        if mode == "auto":
+            if options not in (None, DraftOptions()):
+                raise ValueError("mode='auto' chooses the sizes of drafts itself; name another mode, or no sizes")
+            from deploy.runtime.auto_mode import auto_drafter, machine_costs
+
+            return auto_drafter(self, machine_costs(self))
         options = options or DraftOptions()
         if mode == "plain":
             return NoDrafter()

@@ -31,7 +31,7 @@ def open_tokenizer(bundle: Bundle) -> Tokenizer:
 
 
 class Session:
-    """Answers prompts. The result depends on the prompt and the options, not on what was asked before nor on who drafts.
+    """Answers prompts. The result depends on prompt and options, not on what was asked before nor on who drafts.
 
     drafter: for `backend`; by default nobody drafts.
     """

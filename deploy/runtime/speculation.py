@@ -12,7 +12,8 @@ from deploy.runtime.tree import ROOT, Draft
 class Speculation:
     """Counts of one answer, or of several together.
 
-    rounds: forwards of the target that gave tokens. emitted: tokens that they gave. drafted: nodes of all drafts.
+    rounds: forwards of the target that gave tokens. emitted: tokens that they gave. drafted: nodes of all drafts;
+    levels: their depths.
     reached[j]: rounds whose draft had a token at place j and whose tokens before it were accepted; accepted[j]: those
     where it was accepted too. draft_seconds, verify_seconds: wall time of the two parts of these rounds.
     """
@@ -20,6 +21,7 @@ class Speculation:
     rounds: int = 0
     emitted: int = 0
     drafted: int = 0
+    levels: int = 0
     reached: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     draft_seconds: float = 0.0
@@ -27,8 +29,10 @@ class Speculation:
 
     def count(self, draft: Draft, num_accepted: int, num_emitted: int, verify_seconds: float) -> None:
         """One round. num_emitted: fewer than num_accepted + 1 where the answer ended within the draft."""
-        self._add([1] * min(num_accepted + 1, draft_depth(draft)), [1] * num_accepted)
+        depth = draft_depth(draft)
+        self._add([1] * min(num_accepted + 1, depth), [1] * num_accepted)
         self.rounds += 1
+        self.levels += depth
         self.emitted += num_emitted
         self.drafted += len(draft)
         self.verify_seconds += verify_seconds
@@ -48,6 +52,7 @@ class Speculation:
             whole.rounds += part.rounds
             whole.emitted += part.emitted
             whole.drafted += part.drafted
+            whole.levels += part.levels
             whole.draft_seconds += part.draft_seconds
             whole.verify_seconds += part.verify_seconds
         return whole

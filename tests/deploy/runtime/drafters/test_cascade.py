@@ -51,7 +51,7 @@ def test_its_drafts_are_the_intermediates_own_text(tmp_path, tiny, inner, sampli
         num_accepted = int(rng.integers(0, len(draft) + 1))  # some whole, some in part
         path += [*draft.tokens[:num_accepted], int(rng.integers(263))]
     cascade.begin(0, 4)
-    path = path[:4] + [7, 8]
+    path = [*path[:4], 7, 8]
     assert cascade.propose(0, path, 3, sampling, 3).tokens == written_alone(model, path, 3, sampling, 3)
 
 

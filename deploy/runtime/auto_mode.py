@@ -1,0 +1,129 @@
+"""Mode auto: the bundle's candidates with what this machine's costs and the bundle's acceptance say of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+
+from deploy.formats.bundle import MANIFEST, Bundle, sha256_file
+from deploy.formats.errors import BundleError
+from deploy.runtime.costs import Costs, cache_path, measure_drafts, measure_rows, read_costs, write_costs
+from deploy.runtime.drafters.auto import AutoDrafter, Candidate
+from deploy.runtime.drafters.base import DraftModel
+from deploy.runtime.drafters.lookup import LookupDrafter
+from deploy.runtime.drafters.model import EagleDrafter
+from deploy.runtime.machine import describe_device
+from deploy.runtime.modes import DrafterFactory, Mode, available_modes
+from deploy.runtime.plan import Expectation, chain_limits, lookup_expectation, round_ms
+
+_logger = logging.getLogger(__name__)
+PLAN = "plan.json"
+DRAFTING_MODEL: dict[Mode, str] = {
+    "chain": "intermediate",
+    "eagle": "eagle-target",
+    "eagle-tree": "eagle-target",
+    "opt-tree": "eagle-target",
+}
+"""Whose levels a mode's drafts are; a cascade's are of several models."""
+_LOOKUP_TOKENS = 6
+_SHORTEST, _LONGEST = 2, 4
+
+
+def machine_costs(factory: DrafterFactory, *, is_fresh: bool = False) -> Costs:
+    """Costs of the bundle's models here: read from the user's cache, or measured now and written there.
+
+    is_fresh: measure in any case. A cache that cannot be written is one warning.
+    """
+    path = cache_path(sha256_file(factory.bundle.path / MANIFEST), describe_device(factory.target))
+    known = None if is_fresh else read_costs(path)
+    if known is not None:
+        return known
+    costs = measure_costs(factory)
+    try:
+        write_costs(path, costs)
+    except OSError as error:
+        _logger.warning("%s: measured costs are not kept (%s)", path, error.strerror)
+    return costs
+
+
+def measure_costs(factory: DrafterFactory) -> Costs:
+    """Times every model of the bundle; seconds."""
+    rows, drafts = {"target": measure_rows(factory.target)}, {}
+    roles = {component.role for component in factory.bundle.manifest.components}
+    shape = factory.target.shape
+    if "intermediate" in roles:
+        model = factory.language_model("intermediate")
+        rows["intermediate"] = measure_rows(model)
+        assert isinstance(model, DraftModel)
+        drafts["intermediate"] = measure_drafts(model, model.shape.hidden_size, shape.vocab_size)
+    for role, above in (("eagle-target", "target"), ("eagle-intermediate", "intermediate")):
+        if role in roles:
+            hidden_size = (shape if above == "target" else factory.language_model(above).shape).hidden_size
+            drafts[role] = measure_drafts(factory.head(role), hidden_size, shape.vocab_size)
+    return Costs(rows, drafts)
+
+
+def read_plan(bundle: Bundle) -> dict[Mode, Expectation]:
+    """What the bundle's plan says of each mode; empty where it has none. Raises BundleError for a malformed one."""
+    path = bundle.path / PLAN
+    if PLAN not in bundle.manifest.files:
+        return {}
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return {mode: Expectation.from_json(found) for mode, found in raw["modes"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{path}: is not a plan as docs/bundle-format.md describes it ({error!r})") from error
+
+
+def auto_drafter(factory: DrafterFactory, costs: Costs) -> AutoDrafter:
+    """All that the bundle can do, "plain" included; of several uses of the intermediate the most promising one."""
+    measured, bundle = read_plan(factory.bundle), factory.bundle
+    modes = available_modes(bundle)
+    candidates = [Candidate("plain", factory.make("plain"), 1.0, costs.forward_ms("target", 1))]
+    candidates += _lookups(costs, measured)
+    if "eagle" in modes:
+        candidates += _heads(factory, costs, measured)
+    uses = [
+        _as_planned(factory, costs, mode, measured[mode])
+        for mode in _INTERMEDIATE
+        if mode in modes and mode in measured
+    ]
+    if uses:
+        candidates.append(max(uses, key=lambda c: c.tokens / c.milliseconds))
+    return AutoDrafter(candidates)
+
+
+_INTERMEDIATE: tuple[Mode, ...] = ("chain", "cascade", "cascade-lookup")
+
+
+def _lookups(costs: Costs, measured: Mapping[Mode, Expectation]) -> list[Candidate]:
+    drafter = LookupDrafter(longest=_LONGEST, shortest=_SHORTEST, num_tokens=_LOOKUP_TOKENS)
+    found = []
+    for length in range(_LONGEST, _SHORTEST - 1, -1):
+        expected = lookup_expectation(measured.get("lookup"), length, _LOOKUP_TOKENS)
+        milliseconds = round_ms(costs, None, expected)
+        found.append(Candidate(f"lookup-{length}", drafter, expected.tokens, milliseconds, match_length=length))
+    return found
+
+
+def _heads(factory: DrafterFactory, costs: Costs, measured: Mapping[Mode, Expectation]) -> list[Candidate]:
+    """A chain whose length follows the head's own confidence, and the tree where the plan has measured one."""
+    drafter = factory.make("eagle")
+    assert isinstance(drafter, EagleDrafter)
+    survival = factory.bundle.component("eagle-target").drafter
+    assert survival is not None
+    limits, expected = chain_limits(costs, "eagle-target", survival.acceptance.by_position)
+    milliseconds = round_ms(costs, "eagle-target", expected)
+    found = [Candidate("eagle", drafter, expected.tokens, milliseconds, limits)]
+    if "eagle-tree" in measured:
+        tree = factory.make("eagle-tree")
+        assert isinstance(tree, EagleDrafter)
+        wide = measured["eagle-tree"]
+        found.append(Candidate("eagle-tree", drafter, wide.tokens, round_ms(costs, "eagle-target", wide), tree.limits))
+    return found
+
+
+def _as_planned(factory: DrafterFactory, costs: Costs, mode: Mode, expected: Expectation) -> Candidate:
+    milliseconds = round_ms(costs, DRAFTING_MODEL.get(mode), expected)
+    return Candidate(mode, factory.make(mode), expected.tokens, milliseconds)

@@ -1,0 +1,177 @@
+"""Which drafter, round by round: the one that has given most tokens per second, "none" being one of them.
+
+Every candidate starts with the rate that the plan predicts (deploy/runtime/plan.py) and then earns its own: tokens over
+wall time of its rounds, recent ones weighing more. Acceptance differs by kind of text, and within one; so a candidate
+that lost is tried again, at first soon, then ever more seldom, which bounds what trying costs. A lookup is a candidate
+only where the text's end occurred before, and one for each length of the match: longer ones are right more often.
+
+Which tokens come out does not depend on any of this.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from deploy.runtime.drafters.base import Drafter, Float32
+from deploy.runtime.drafters.lookup import LookupDrafter
+from deploy.runtime.drafters.model import EagleDrafter, LanguageModelDrafter
+from deploy.runtime.sampling import SamplingParams
+from deploy.runtime.tree import Draft, TreeLimits
+
+_MEMORY = 0.97
+"""What a round weighs after one more of the same candidate."""
+_PRIOR_ROUNDS = 6.0
+"""What a prediction weighs, and all that was learnt from one answer in the next."""
+_FIRST_WAIT, _LONGEST_WAIT = 16, 512
+"""Rounds without a candidate before it is tried again."""
+_LONGEST_ROUND = 3.0
+"""A round that took more than this many times its candidate's usual time met something else: it counts as so many."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to draft. limits: for a model's drafter, shared by several candidates. match_length: for a lookup, of the
+    matches that it stands for. tokens, milliseconds: predicted, a round's."""
+
+    name: str
+    drafter: Drafter
+    tokens: float
+    milliseconds: float
+    limits: TreeLimits | None = None
+    match_length: int | None = None
+
+
+@dataclass
+class _Record:
+    """What a candidate gave and took, in decayed sums."""
+
+    tokens: float
+    milliseconds: float
+    weight: float = _PRIOR_ROUNDS
+    idle: int = 0
+    wait: int = _FIRST_WAIT
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.milliseconds
+
+    def add(self, tokens: int, milliseconds: float) -> None:
+        usual = self.milliseconds / self.weight
+        self.tokens = _MEMORY * self.tokens + tokens
+        self.milliseconds = _MEMORY * self.milliseconds + min(milliseconds, _LONGEST_ROUND * usual)
+        self.weight = _MEMORY * self.weight + 1
+
+    def fade(self) -> None:
+        """Keep the rate, but let what comes now decide."""
+        share = min(1.0, _PRIOR_ROUNDS / self.weight)
+        self.tokens, self.milliseconds, self.weight = (
+            value * share for value in (self.tokens, self.milliseconds, self.weight)
+        )
+        self.idle, self.wait = 0, _FIRST_WAIT
+
+
+@dataclass
+class _Round:
+    """The round that is under way: who drafts, and since when."""
+
+    name: str
+    begin: float = field(default_factory=time.perf_counter)
+
+
+class AutoDrafter:
+    """Drafter (deploy/runtime/drafters/base.py) that takes the best of `candidates` in each round.
+
+    candidates: by preference where rates are equal. Candidates of one model share its drafter. `choices` counts rounds
+    by candidate.
+    """
+
+    def __init__(self, candidates: Sequence[Candidate]) -> None:
+        if not candidates:
+            raise ValueError("auto needs at least one candidate")
+        self._candidates = {candidate.name: candidate for candidate in candidates}
+        self._records = {c.name: _Record(c.tokens * _PRIOR_ROUNDS, c.milliseconds * _PRIOR_ROUNDS) for c in candidates}
+        self._drafters = list({id(c.drafter): c.drafter for c in candidates}.values())
+        self.taps = tuple(sorted({layer for drafter in self._drafters for layer in drafter.taps}))
+        self._rounds: dict[int, _Round] = {}
+        self.choices: dict[str, int] = dict.fromkeys(self._candidates, 0)
+
+    def begin(self, sequence: int, length: int) -> int:
+        """All of them go on from the same token: from the earliest that one of them wants."""
+        before = length + 1
+        while length < before:
+            before = length
+            for drafter in self._drafters:
+                length = drafter.begin(sequence, length)
+        self._rounds.pop(sequence, None)
+        for record in self._records.values():
+            record.fade()
+        return length
+
+    def commit(self, sequence: int, tokens: Sequence[int], features: Float32 | None) -> None:
+        for drafter in self._drafters:
+            drafter.commit(sequence, tokens, self._states_of(drafter, features))
+        finished = self._rounds.pop(sequence, None)
+        if finished is not None:
+            milliseconds = (time.perf_counter() - finished.begin) * 1e3
+            self._records[finished.name].add(len(tokens), milliseconds)
+
+    def _states_of(self, drafter: Drafter, features: Float32 | None) -> Float32 | None:
+        if features is None or not drafter.taps:
+            return None
+        if tuple(drafter.taps) == self.taps:
+            return features
+        by_layer = np.split(features, len(self.taps), axis=1)
+        return np.concatenate([by_layer[self.taps.index(layer)] for layer in drafter.taps], axis=1)
+
+    def propose(
+        self, sequence: int, path: Sequence[int], budget: int, sampling: SamplingParams, sample_index: int
+    ) -> Draft:
+        self._rounds[sequence] = current = _Round("")
+        current.name = self._choose(self._available(sequence, path))
+        self.choices[current.name] += 1
+        chosen = self._candidates[current.name]
+        if chosen.limits is not None and isinstance(chosen.drafter, EagleDrafter | LanguageModelDrafter):
+            chosen.drafter.limits = chosen.limits
+        return chosen.drafter.propose(sequence, path, budget, sampling, sample_index)
+
+    def _available(self, sequence: int, path: Sequence[int]) -> list[str]:
+        names, lengths = [], {}
+        for name, candidate in self._candidates.items():
+            if candidate.match_length is None:
+                names.append(name)
+                continue
+            assert isinstance(candidate.drafter, LookupDrafter)
+            key = id(candidate.drafter)
+            if key not in lengths:
+                match = candidate.drafter.find(sequence, path)
+                lengths[key] = match.length if match else 0
+            if candidate.match_length == lengths[key]:
+                names.append(name)
+        return names
+
+    def _choose(self, names: Sequence[str]) -> str:
+        """The best of the available ones, or one whose turn to be tried again has come."""
+        best = max(names, key=lambda name: self._records[name].rate)
+        chosen = best
+        for name in names:
+            record = self._records[name]
+            record.idle += 1
+            if name != best and record.idle >= record.wait:
+                chosen = name
+        record = self._records[chosen]
+        record.idle = 0
+        record.wait = _FIRST_WAIT if chosen == best else min(2 * record.wait, _LONGEST_WAIT)
+        return chosen
+
+    def reset(self, sequence: int) -> None:
+        for drafter in self._drafters:
+            drafter.reset(sequence)
+        self._rounds.pop(sequence, None)
+
+    def rates(self) -> Mapping[str, float]:
+        """Tokens per second by candidate, as it stands."""
+        return {name: 1e3 * record.rate for name, record in self._records.items()}
