@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -79,7 +79,7 @@ class _Round:
     """The round that is under way: who drafts, and since when."""
 
     name: str
-    begin: float = field(default_factory=time.perf_counter)
+    begin: float
 
 
 class AutoDrafter:
@@ -130,10 +130,11 @@ class AutoDrafter:
     def propose(
         self, sequence: int, path: Sequence[int], budget: int, sampling: SamplingParams, sample_index: int
     ) -> Draft:
-        self._rounds[sequence] = current = _Round("")
-        current.name = self._choose(self._available(sequence, path))
-        self.choices[current.name] += 1
-        chosen = self._candidates[current.name]
+        begin = time.perf_counter()
+        name = self._choose(self._available(sequence, path))
+        self._rounds[sequence] = _Round(name, begin)
+        self.choices[name] += 1
+        chosen = self._candidates[name]
         if chosen.limits is not None and isinstance(chosen.drafter, EagleDrafter | LanguageModelDrafter):
             chosen.drafter.limits = chosen.limits
         return chosen.drafter.propose(sequence, path, budget, sampling, sample_index)

@@ -78,14 +78,13 @@ class EagleDrafter:
         waiting = self._waiting.get(sequence)
         num_read = self.model.length(sequence)
         num_committed = num_read + (len(waiting) if waiting else 0)
-        if length >= num_committed:
-            return num_committed
         num_rows = min(num_read, max(length - 1, 0))
         if num_rows < num_read:
             self.model.truncate(sequence, num_rows)
             self._waiting.pop(sequence, None)
             return num_rows
-        assert waiting is not None
+        if waiting is None or length >= num_committed:
+            return num_committed
         features = np.concatenate(waiting.features)[: length - num_read]
         self._waiting[sequence] = _Waiting(waiting.tokens[: length - num_read], [features])
         return length

@@ -1,0 +1,107 @@
+import pytest
+
+from deploy.runtime.drafters import auto
+from deploy.runtime.drafters.auto import AutoDrafter, Candidate
+from deploy.runtime.drafters.lookup import LookupDrafter
+from deploy.runtime.drafters.none import NoDrafter
+from deploy.runtime.sampling import SamplingParams
+from deploy.runtime.tree import Draft
+
+GREEDY = SamplingParams()
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(auto.time, "perf_counter", lambda: self.now)
+
+
+class Chain(NoDrafter):
+    def __init__(self, length):
+        self.length = length
+
+    def propose(self, sequence, path, budget, sampling, sample_index):
+        return Draft.chain(list(range(self.length)))
+
+
+def play(drafter, clock, milliseconds, tokens, rounds=300):
+    """Rounds in which a draft of n tokens costs milliseconds[n] and gives tokens[n]; n of each round."""
+    drafted = []
+    for _ in range(rounds):
+        count = len(drafter.propose(0, [1, 2, 3], 9, GREEDY, 0))
+        clock.now += milliseconds[count] / 1e3
+        drafter.commit(0, [7] * tokens[count], None)
+        drafted.append(count)
+    return drafted
+
+
+def candidates(eagle_tokens):
+    return [
+        Candidate("plain", NoDrafter(), 1.0, 2.0),
+        Candidate("eagle", Chain(3), eagle_tokens, 3.0),
+    ]
+
+
+def test_it_begins_with_what_is_predicted_best(monkeypatch):
+    clock = Clock(monkeypatch)
+    assert play(AutoDrafter(candidates(2.0)), clock, {0: 2, 3: 3}, {0: 1, 3: 2}, rounds=10) == [3] * 10
+    assert play(AutoDrafter(candidates(1.2)), clock, {0: 2, 3: 3}, {0: 1, 3: 1}, rounds=10) == [0] * 10
+
+
+def test_it_leaves_a_drafter_that_does_not_keep_its_promise_and_seldom_tries_it_again(monkeypatch):
+    clock = Clock(monkeypatch)
+    drafted = play(AutoDrafter(candidates(2.0)), clock, {0: 2, 3: 3}, {0: 1, 3: 1}, rounds=1000)
+    assert drafted[:3] == [3] * 3
+    assert drafted[30:].count(3) <= 8
+
+
+def test_it_finds_a_drafter_that_was_thought_too_little_of(monkeypatch):
+    clock = Clock(monkeypatch)
+    drafted = play(AutoDrafter(candidates(1.0)), clock, {0: 2, 3: 3}, {0: 1, 3: 4}, rounds=200)
+    assert drafted[:10] == [0] * 10
+    assert drafted[100:].count(3) >= 95
+
+
+def test_one_disturbed_round_does_not_decide(monkeypatch):
+    clock = Clock(monkeypatch)
+    drafter = AutoDrafter(candidates(2.0))
+    play(drafter, clock, {0: 2, 3: 3}, {0: 1, 3: 2}, rounds=40)
+    play(drafter, clock, {0: 2, 3: 400}, {0: 1, 3: 2}, rounds=1)
+    assert play(drafter, clock, {0: 2, 3: 3}, {0: 1, 3: 2}, rounds=10).count(3) >= 9
+
+
+def test_a_lookup_is_taken_only_where_the_text_has_a_match_of_its_length(monkeypatch):
+    Clock(monkeypatch)
+    lookup = LookupDrafter(longest=3, shortest=2, num_tokens=2)
+    drafter = AutoDrafter(
+        [
+            Candidate("plain", NoDrafter(), 1.0, 2.0),
+            Candidate("lookup-3", lookup, 3.0, 2.5, match_length=3),
+            Candidate("lookup-2", lookup, 1.1, 2.5, match_length=2),
+        ]
+    )
+    assert drafter.propose(0, [1, 2, 3, 4, 1, 2, 3], 9, GREEDY, 0).tokens == (4, 1)
+    assert drafter.propose(1, [1, 2, 3, 4, 9, 2, 3], 9, GREEDY, 0).tokens == ()
+    assert drafter.choices == {"plain": 1, "lookup-3": 1, "lookup-2": 0}
+
+
+def test_all_drafters_go_on_from_the_same_token():
+    class Wanting(NoDrafter):
+        def __init__(self, wanted):
+            self.wanted, self.begins = wanted, []
+
+        def begin(self, sequence, length):
+            self.begins.append(min(length, self.wanted))
+            return self.begins[-1]
+
+    first, second = Wanting(9), Wanting(7)
+    drafter = AutoDrafter([Candidate("a", first, 1, 1), Candidate("b", second, 1, 1)])
+    assert drafter.begin(0, 12) == 7
+    assert first.begins[-1] == second.begins[-1] == 7
+
+
+def test_no_candidates_are_refused():
+    with pytest.raises(ValueError, match="at least one"):
+        AutoDrafter([])

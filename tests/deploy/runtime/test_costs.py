@@ -1,0 +1,40 @@
+import json
+
+import pytest
+
+from deploy.runtime.costs import Costs, DraftCost, cache_path, measure_rows, read_costs, write_costs
+from deploy.runtime.cpu_backend import CpuBackend
+
+COSTS = Costs({"target": {1: 2.0, 8: 4.0}}, {"eagle-target": DraftCost(0.3, {1: 0.2, 4: 0.4})})
+
+
+def test_what_was_written_is_read_again(tmp_path):
+    path = tmp_path / "a" / "costs.json"
+    assert read_costs(path) is None
+    write_costs(path, COSTS)
+    assert read_costs(path) == COSTS
+    assert [file.name for file in path.parent.iterdir()] == ["costs.json"]
+
+
+@pytest.mark.parametrize("change", [{"version": 0}, {"rows_ms": 3}, {"drafts": {"x": {}}}])
+def test_what_another_version_wrote_is_measured_again(tmp_path, change):
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps(COSTS.to_json() | change))
+    assert read_costs(path) is None
+    path.write_text("{")
+    assert read_costs(path) is None
+
+
+def test_another_bundle_or_device_has_a_cache_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    paths = {cache_path(digest, {"threads": threads}) for digest in ("a", "b") for threads in (1, 2)}
+    assert len(paths) == 4
+    assert all(path.is_relative_to(tmp_path) for path in paths)
+
+
+def test_forwards_are_timed_by_rows_and_leave_nothing_behind(tmp_path, tiny):
+    model = CpuBackend(tiny.model(tmp_path / "m", tiny.config(), tiny.Quantized()))
+    found = measure_rows(model, (1, 3), context=20)
+    assert set(found) == {1, 3}
+    assert all(milliseconds > 0 for milliseconds in found.values())
+    assert model.cache_bytes == 0
