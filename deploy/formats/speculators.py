@@ -155,6 +155,18 @@ class EagleDirectory:
             raise FormatError(f"{self.path / WEIGHTS_FILE}: {error}") from error
         return values
 
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """A tensor in the type that its file holds, read-only; BF16 as its uint16 bits.
+
+        A view of the mapped file, which outlives it; a copy where the file does not align the tensor.
+        """
+        view = self._file.array(name)
+        return view if view.flags.aligned else view.copy()
+
+    def release(self, name: str) -> None:
+        """Let the pages of tensor `name` be dropped."""
+        self._file.release(name)
+
     def weights(self) -> dict[str, npt.NDArray[np.float32]]:
         """All weights, under their names, as float32; without the embedding where it is the target's."""
         return {name: self.float32(name) for name, (dtype, _) in self.contract.items() if dtype == "BF16"}

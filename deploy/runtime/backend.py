@@ -95,17 +95,23 @@ class Backend(Protocol):
         ...
 
 
-def check_rows(rows: Sequence[Row], shape: ModelShape, lengths: dict[int, int]) -> None:
-    """Raise ValueError naming the row that does not fit; lengths: sequence → tokens in its cache."""
+def check_rows(
+    rows: Sequence[Row], shape: ModelShape, lengths: dict[int, int], earlier: Sequence[Row | None] = ()
+) -> None:
+    """Raise ValueError naming the row that does not fit.
+
+    lengths: sequence → tokens in its cache. earlier: rows of the calls that this one continues, which parents count
+    too; None for one that is gone.
+    """
     if not rows:
         raise ValueError("forward needs at least one row")
+    known = [*earlier, *rows] if earlier else rows
     for index, row in enumerate(rows):
         if not 0 <= row.token < shape.vocab_size:
             raise ValueError(f"rows[{index}].token={row.token} is not in the vocabulary of {shape.vocab_size}")
         if row.parent == SEQUENCE_END:
             expected = lengths.get(row.sequence, 0)
-        elif 0 <= row.parent < index:
-            parent = rows[row.parent]
+        elif 0 <= row.parent < len(earlier) + index and (parent := known[row.parent]) is not None:
             if parent.sequence != row.sequence:
                 raise ValueError(f"rows[{index}].parent={row.parent} belongs to another sequence")
             expected = parent.position + 1

@@ -27,7 +27,7 @@ ISA_VARIABLE = "UNDERSTUDY_ISA"
 LIBRARY_VARIABLE = "UNDERSTUDY_CPU_LIBRARY"
 ISAS = ("avx512vnni", "avxvnni", "avx2", "scalar")  # best first
 _LIBRARY = "libunderstudy_cpu.so"
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 PHASES = ("other", "quantize", "qkv", "attention", "output", "mlp", "head", "sampling")
 _NUMBER_TYPES = {"F32": 0, "F16": 1, "BF16": 2}
 
@@ -68,6 +68,8 @@ class Shape(Structure):
         ("vocab_size", c_int32),
         ("has_qk_norm", c_int32),
         ("rms_norm_eps", c_float),
+        ("num_features", c_int32),
+        ("norm_before_residual", c_int32),
     )
 
 
@@ -102,6 +104,31 @@ class Call(Structure):
         ("logits", c_void_p),
         ("sampling", c_void_p),
         ("chosen", c_void_p),
+        ("continues", c_int32),
+        ("features", c_void_p),
+        ("num_candidates", c_int32),
+        ("candidates", c_void_p),
+        ("scores", c_void_p),
+    )
+
+
+class DraftCall(Structure):
+    """`us_draft` of the header."""
+
+    _fields_ = (
+        ("sequence", c_int64),
+        ("num_tokens", c_int64),
+        ("tokens", c_void_p),
+        ("features", c_void_p),
+        ("sampling", c_void_p),
+        ("depth", c_int32),
+        ("width", c_int32),
+        ("num_nodes", c_int32),
+        ("min_probability", c_double),
+        ("min_gain", c_double),
+        ("drafted", c_void_p),
+        ("parents", c_void_p),
+        ("scores", c_void_p),
     )
 
 
@@ -122,20 +149,38 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         c_int64,
         (_HANDLE, c_void_p, c_int64, POINTER(Sampling), c_void_p, c_int64, c_int64, c_void_p),
     ),
+    "us_candidates": (
+        c_int64,
+        (
+            _HANDLE,
+            c_void_p,
+            c_int64,
+            POINTER(Sampling),
+            c_void_p,
+            c_int64,
+            c_int64,
+            c_void_p,
+            c_int32,
+            c_void_p,
+            c_void_p,
+        ),
+    ),
     "us_measure_read": (c_double, (_HANDLE, c_int64, c_int64)),
     "us_measure_dot": (c_double, (_HANDLE, c_int64)),
     "us_model_create": (_HANDLE, (_HANDLE, POINTER(Shape))),
     "us_model_destroy": (None, (_HANDLE,)),
     "us_model_set_linear": (c_int, (_HANDLE, c_int32, c_int32, _W)),
     "us_model_set_norm": (c_int, (_HANDLE, c_int32, c_int32, c_void_p, c_int64)),
-    "us_model_set_head": (c_int, (_HANDLE, _W)),
+    "us_model_set_head": (c_int, (_HANDLE, _W, c_void_p)),
     "us_model_set_embedding_int8": (c_int, (_HANDLE, _W)),
     "us_model_set_embedding": (c_int, (_HANDLE, c_void_p, c_int32)),
+    "us_model_share_embedding": (c_int, (_HANDLE, _HANDLE)),
     "us_model_finish": (c_int, (_HANDLE,)),
     "us_model_add_rope": (c_int, (_HANDLE, c_void_p, c_void_p, c_int64)),
     "us_model_weight_bytes": (c_int64, (_HANDLE,)),
     "us_model_cache_bytes": (c_int64, (_HANDLE,)),
     "us_model_forward": (c_int, (_HANDLE, POINTER(Call))),
+    "us_model_draft": (c_int64, (_HANDLE, POINTER(DraftCall))),
     "us_model_keep": (c_int, (_HANDLE, c_int64, c_void_p, c_int64)),
     "us_model_truncate": (c_int, (_HANDLE, c_int64, c_int64)),
     "us_model_time_phases": (c_int, (_HANDLE, c_int32)),

@@ -206,6 +206,23 @@ int64_t us_sample(us_runtime* runtime, const float* logits, int64_t n, const us_
       -2);
 }
 
+int64_t us_candidates(us_runtime* runtime, const float* logits, int64_t n, const us_sampling* how, const int32_t* path,
+                      int64_t path_length, int64_t position, const int64_t* ids, int32_t count, int64_t* tokens,
+                      float* scores) {
+  return guarded(
+      [&]() -> int64_t {
+        if (n < 1 || n > INT32_MAX - 16) throw std::invalid_argument("there are no logits");
+        if (count < 1) throw std::invalid_argument("there is no place for a candidate");
+        const DefaultRounding rounding;
+        Sampler sampler(runtime->shared->kernels);
+        const std::vector<int32_t> seen(path, path + (path ? path_length : 0));
+        const int32_t found = sampler.candidates(logits, static_cast<int32_t>(n), *how, seen, position, ids, count,
+                                                 tokens, scores);
+        return found > 0 ? found : -1;
+      },
+      -2);
+}
+
 double us_measure_read(us_runtime* runtime, int64_t bytes, int64_t repeats) {
   return guarded(
       [&] {
@@ -245,8 +262,8 @@ int us_model_set_norm(us_model* model, int32_t layer, int32_t which, const float
   return status([&] { model->model.set_norm(layer, which, values, count); });
 }
 
-int us_model_set_head(us_model* model, const us_weights* weights) {
-  return status([&] { model->model.set_head(*weights); });
+int us_model_set_head(us_model* model, const us_weights* weights, const int64_t* ids) {
+  return status([&] { model->model.set_head(*weights, ids); });
 }
 
 int us_model_set_embedding_int8(us_model* model, const us_weights* weights) {
@@ -255,6 +272,10 @@ int us_model_set_embedding_int8(us_model* model, const us_weights* weights) {
 
 int us_model_set_embedding(us_model* model, const void* values, int32_t number_type) {
   return status([&] { model->model.set_embedding(values, checked_number(number_type)); });
+}
+
+int us_model_share_embedding(us_model* model, const us_model* other) {
+  return status([&] { model->model.share_embedding(other->model); });
 }
 
 int us_model_finish(us_model* model) {
@@ -271,6 +292,10 @@ int64_t us_model_cache_bytes(const us_model* model) { return model->model.cache_
 
 int us_model_forward(us_model* model, const us_call* call) {
   return status([&] { model->model.forward(*call); });
+}
+
+int64_t us_model_draft(us_model* model, const us_draft* draft) {
+  return guarded([&] { return model->model.draft(*draft); }, -2);
 }
 
 int us_model_keep(us_model* model, int64_t sequence, const int32_t* rows, int64_t count) {

@@ -22,6 +22,7 @@ void Sequence::keep(const std::vector<int32_t>& slots, const std::vector<int32_t
     tokens_.push_back(tokens[i]);
     ++length_;
   }
+  drop_provisional();
 }
 
 }  // namespace understudy

@@ -1,4 +1,4 @@
-// Keys and values per sequence: kept tokens in position order, then the provisional rows of the last call.
+// Keys and values per sequence: kept tokens in position order, then the provisional rows of the last calls.
 #pragma once
 
 #include <cstdint>
@@ -31,17 +31,21 @@ class Sequence {
   // A slot's value lies this many halves behind its key.
   size_t value_offset() const { return static_cast<size_t>(kBlockTokens) * static_cast<size_t>(head_dim_); }
 
-  void reserve(int32_t slots) {
-    while (static_cast<int32_t>(blocks_.size()) * kBlockTokens < slots)
-      blocks_.emplace_back(block_halves());
+  // The slot of one more provisional row.
+  int32_t add_provisional() {
+    const int32_t slot = length_ + num_provisional_++;
+    if (static_cast<size_t>(slot / kBlockTokens) == blocks_.size()) blocks_.emplace_back(block_halves());
+    return slot;
   }
+  void drop_provisional() { num_provisional_ = 0; }
 
   void truncate(int32_t length) {
     length_ = length;
     tokens_.resize(static_cast<size_t>(length));
+    drop_provisional();
   }
 
-  // Appends the rows in `slots` (ascending, provisional) with their tokens.
+  // Appends the rows in `slots` (ascending, provisional) with their tokens, and drops the others.
   void keep(const std::vector<int32_t>& slots, const std::vector<int32_t>& tokens);
 
  private:
@@ -51,12 +55,12 @@ class Sequence {
   void move(int32_t from, int32_t to);
 
   int32_t num_layers_, num_kv_heads_, head_dim_;
-  int32_t length_ = 0;
+  int32_t length_ = 0, num_provisional_ = 0;
   std::vector<int32_t> tokens_;
   std::vector<Buffer<uint16_t>> blocks_;
 };
 
-// A row of a call: where its path lies. Positions below `identity` are in the slot of their own number; those from
+// A provisional row: where its path lies. Positions below `identity` are in the slot of their own number; those from
 // `identity` on are in the slots that `tail` lists.
 struct RowPath {
   Sequence* sequence = nullptr;

@@ -1,8 +1,11 @@
 #include "forward.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
+
+#include "rounding.h"
 
 namespace understudy {
 
@@ -26,6 +29,7 @@ Forward::Forward(Model& model)
       num_kv_(shape_.num_kv_heads * shape_.head_dim),
       repeat_(shape_.num_heads / shape_.num_kv_heads),
       score_scale_(static_cast<float>(1.0 / std::sqrt(static_cast<double>(shape_.head_dim)))),
+      is_head_(model.is_head()),
       scratch_(static_cast<size_t>(model.runtime_->pool.threads())) {
   for (Scratch& scratch : scratch_) {
     scratch.decode.resize(kDecodeScratch);
@@ -40,51 +44,63 @@ Forward::Forward(Model& model)
 
 void Forward::run_call(const us_call& call) {
   call_ = &call;
+  first_ = static_cast<int64_t>(model_.rows_.size()) - call.num_rows;
   const int64_t most = std::min<int64_t>(kMaxRows, 65535 / shape_.num_kv_heads);
   const int64_t chunks = (call.num_rows + most - 1) / most;
-  for (int64_t i = 0; i < chunks; ++i) {
-    const int64_t begin = call.num_rows * i / chunks, end = call.num_rows * (i + 1) / chunks;
-    run_layers(call, begin, end);
-    std::vector<int64_t> indices;
-    for (int64_t j = 0; j < call.num_head_rows; ++j) {
-      if (call.head_rows[j] < begin || call.head_rows[j] >= end) continue;
-      indices.push_back(j);
-      if (indices.size() < kHeadRows) continue;
-      run_head(call, indices);
-      indices.clear();
-    }
-    if (!indices.empty()) run_head(call, indices);
-  }
+  for (int64_t i = 0; i < chunks; ++i) run_rows(call.num_rows * i / chunks, call.num_rows * (i + 1) / chunks);
 }
 
-void Forward::run_layers(const us_call& call, int64_t begin, int64_t end) {
+// Layers and, as far as it goes, the head in one program; more rows of the head than it takes in further ones.
+void Forward::run_rows(int64_t begin, int64_t end) {
+  std::vector<int64_t> head_rows;
+  for (int64_t i = 0; i < call_->num_head_rows; ++i)
+    if (call_->head_rows[i] >= begin && call_->head_rows[i] < end) head_rows.push_back(i);
+  begin_rows(begin, end);
+  size_t done = 0;
+  do {
+    begin_head(head_rows, done);
+    execute();
+    done += head_indices_.size();
+    phases.clear();
+  } while (done < head_rows.size());
+}
+
+void Forward::begin_rows(int64_t begin, int64_t end) {
   begin_ = begin;
   num_rows_ = static_cast<int32_t>(end - begin);
   rotates_first_ = false;
-  for (int64_t i = begin; i < end; ++i) rotates_first_ |= call.parents[i] >= begin;
+  for (int64_t i = begin; i < end; ++i) rotates_first_ |= call_->parents[i] >= first_ + begin;
   // Rows share work in groups, as long as there is enough for all threads.
   const int32_t enough = 4 * model_.runtime_->pool.threads();
   group_rows_ = std::clamp(num_rows_ * shape_.num_kv_heads / enough, 1, kMostGroupRows);
   num_groups_ = (num_rows_ + group_rows_ - 1) / group_rows_;
-  grow(x_, product(num_rows_, shape_.hidden_size));
+  grow(x_, static_cast<size_t>(is_head_ ? first_ + end : end - begin) * static_cast<size_t>(shape_.hidden_size));
   grow(qkv_, product(num_rows_, num_q_ + 2 * num_kv_));
   grow(attention_, product(num_rows_, num_q_));
+  if (is_head_) grow(joined_, product(num_rows_, 2 * shape_.hidden_size));
   hidden_.resize(num_rows_, shape_.intermediate_size);
   for (Scratch& scratch : scratch_) {
     grow(scratch.sums, product(num_rows_, kTile));
     grow(scratch.other_sums, product(num_rows_, kTile));
   }
   phases.clear();
-  add(kEmbed, 0, num_rows_);
-  const int32_t* tap = call.tap_layers;
-  const int32_t* last_tap = tap + call.num_taps;
+  add_input_phases();
+  const int32_t* tap = call_->tap_layers;
+  const int32_t* last_tap = tap + call_->num_taps;
   for (int32_t layer = 0; layer < shape_.num_layers; ++layer) {
-    if (tap != last_tap && *tap == layer) add(kTap, static_cast<int32_t>(tap++ - call.tap_layers), num_rows_);
+    if (tap != last_tap && *tap == layer) add(kTap, static_cast<int32_t>(tap++ - call_->tap_layers), num_rows_);
     add_layer_phases(layer);
   }
-  if (tap != last_tap) add(kTap, static_cast<int32_t>(tap - call.tap_layers), num_rows_);
-  ++serial_;
-  execute();
+  if (tap != last_tap) add(kTap, static_cast<int32_t>(tap - call_->tap_layers), num_rows_);
+}
+
+void Forward::add_input_phases() {
+  if (!is_head_) return add(kEmbed, 0, num_rows_);
+  if (call_->features) {
+    add_source(kFeatures, 0, num_rows_);
+    add(kFuse, 0, items_of(kFuse, 0));
+  }
+  add(kJoin, 0, num_rows_);
 }
 
 void Forward::add_layer_phases(int32_t layer) {
@@ -100,38 +116,46 @@ void Forward::add_layer_phases(int32_t layer) {
   add(kDown, layer, items_of(kDown, layer));
 }
 
-void Forward::run_head(const us_call& call, const std::vector<int64_t>& indices) {
-  head_indices_ = indices;
-  num_head_ = static_cast<int32_t>(indices.size());
+// The head for some of the rows that have just run: `head_rows` from number `first` on, as many as it takes.
+void Forward::begin_head(const std::vector<int64_t>& head_rows, size_t first) {
+  const size_t count = std::min(head_rows.size() - first, size_t{kHeadRows});
+  head_indices_.assign(head_rows.begin() + static_cast<std::ptrdiff_t>(first),
+                       head_rows.begin() + static_cast<std::ptrdiff_t>(first + count));
+  num_head_ = static_cast<int32_t>(count);
+  if (num_head_ == 0) return;
   const int32_t outputs = model_.head_.view.outputs;
-  grow(head_x_, product(num_head_, shape_.hidden_size));
-  if (!call.logits) grow(logits_, product(num_head_, outputs));
-  logit_rows_.resize(indices.size());
+  if (!call_->logits) grow(logits_, product(num_head_, outputs));
+  logit_rows_.resize(count);
   for (int32_t i = 0; i < num_head_; ++i) {
-    const int64_t index = indices[static_cast<size_t>(i)];
-    const auto row = static_cast<int32_t>(call.head_rows[index] - begin_);
-    const size_t bytes = sizeof(float) * static_cast<size_t>(shape_.hidden_size);
-    std::memcpy(&head_x_[product(i, shape_.hidden_size)], residual(row), bytes);
+    const int64_t index = head_indices_[static_cast<size_t>(i)];
     const size_t place = static_cast<size_t>(index) * static_cast<size_t>(outputs);
-    logit_rows_[static_cast<size_t>(i)] = call.logits ? call.logits + place : &logits_[product(i, outputs)];
+    logit_rows_[static_cast<size_t>(i)] = call_->logits ? call_->logits + place : &logits_[product(i, outputs)];
   }
   for (Scratch& scratch : scratch_) grow(scratch.sums, product(num_head_, kTile));
-  phases.clear();
   add_source(kHeadNorm, 0, num_head_);
   add(kHead, 0, items_of(kHead, 0));
-  if (call.sampling) add(kChoose, 0, num_head_);
-  ++serial_;
-  execute();
+  if (call_->sampling && num_head_ > 1) add(kChoose, 0, num_head_);
 }
 
 void Forward::execute() {
+  ++serial_;
   model_.runtime_->pool.execute(*this);
-  if (!is_timed) return;
-  // kTap and kEmbed are "other"; kPrepare and what follows have names of their own, but for rotation, which attends.
-  constexpr std::array<int32_t, kChoose + 1> kTimeOf = {0, 0, 1, 2, 3, 3, 4, 5, 5, 6, 7};
-  double before = begin;
-  for (size_t i = 0; i < phases.size(); before = ends[i++])
-    times_[static_cast<size_t>(kTimeOf[static_cast<size_t>(phases[i].kind)])] += ends[i] - before;
+  if (is_timed) {
+    // kTap, kEmbed and kJoin are "other"; rotation belongs to attention, and fusing features to q, k and v.
+    constexpr std::array<int32_t, kChoose + 1> kTimeOf = {0, 0, 2, 0, 1, 2, 3, 3, 4, 5, 5, 6, 7};
+    double before = begin;
+    for (size_t i = 0; i < phases.size(); before = ends[i++])
+      times_[static_cast<size_t>(kTimeOf[static_cast<size_t>(phases[i].kind)])] += ends[i] - before;
+  }
+  if (call_->sampling && num_head_ == 1) choose_alone();
+}
+
+// A single row chooses without the others: they would only wait.
+void Forward::choose_alone() {
+  const DefaultRounding rounding;
+  const auto before = std::chrono::steady_clock::now();
+  choose(0, scratch_[0]);
+  if (is_timed) times_.back() += std::chrono::duration<double>(std::chrono::steady_clock::now() - before).count();
 }
 
 void Forward::time_phases(bool is_wanted) {
@@ -151,6 +175,10 @@ void Forward::run(const Phase& phase, int32_t item, int32_t thread) {
     }
     case kEmbed:
       return model_.embed(call_->tokens[begin_ + item], residual(item));
+    case kFuse:
+      return run_fuse(phase, item, thread);
+    case kJoin:
+      return join(item, scratch);
     case kPrepare: {
       const auto source = static_cast<Source>(layer % kNumSources);
       return quantize_row(source, layer / kNumSources, item, shared_[source].view(), scratch);
@@ -174,21 +202,44 @@ void Forward::run(const Phase& phase, int32_t item, int32_t thread) {
   }
 }
 
+// What the layer of a head reads: the token's embedding beside the state that its features or its parent give.
+void Forward::join(int32_t row, Scratch& scratch) {
+  const int32_t hidden = shape_.hidden_size;
+  const size_t bytes = sizeof(float) * static_cast<size_t>(hidden);
+  const auto& norm = model_.layers_[0].norm;
+  float *x = residual(row), *joined = &joined_[product(row, 2 * hidden)];
+  if (!call_->features) std::memcpy(x, state(call_->parents[begin_ + row]), bytes);
+  model_.embed(call_->tokens[begin_ + row], scratch.norm.data());
+  kernels_.rms_norm(scratch.norm.data(), norm[kInputNorm].data(), hidden, shape_.rms_norm_eps, joined);
+  kernels_.rms_norm(x, norm[kHiddenNorm].data(), hidden, shape_.rms_norm_eps, joined + hidden);
+  if (shape_.norm_before_residual) std::memcpy(x, joined + hidden, bytes);
+}
+
 // ---- sampling -----------------------------------------------------------------------------------------------------
 
 void Forward::choose(int32_t row, Scratch& scratch) {
   const int64_t index = head_indices_[static_cast<size_t>(row)];
   const us_sampling& how = call_->sampling[index];
-  const int64_t at = call_->head_rows[index];
+  int64_t at = first_ + call_->head_rows[index];
   const RowPath& here = model_.rows_[static_cast<size_t>(at)];
   std::vector<int32_t> tokens;
   if (how.repetition_penalty != 1.0) {
     tokens = here.sequence->tokens();
-    for (int64_t i = at; i >= 0; i = call_->parents[i]) tokens.push_back(call_->tokens[i]);
+    for (; at >= 0; at = model_.row_tokens_[static_cast<size_t>(at)].parent)
+      tokens.push_back(model_.row_tokens_[static_cast<size_t>(at)].token);
   }
   const int64_t* ids = model_.head_ids_.empty() ? nullptr : model_.head_ids_.data();
-  call_->chosen[index] = scratch.sampler->choose(logit_rows_[static_cast<size_t>(row)], model_.head_.view.outputs, how,
-                                                 tokens, here.position + 1, ids);
+  const float* logits = logit_rows_[static_cast<size_t>(row)];
+  const int32_t outputs = model_.head_.view.outputs;
+  // A head's row reads the token behind its position.
+  const int64_t position = here.position + (is_head_ ? 2 : 1);
+  if (call_->chosen) call_->chosen[index] = scratch.sampler->choose(logits, outputs, how, tokens, position, ids);
+  const int32_t most = call_->num_candidates;
+  if (most == 0) return;
+  int64_t* found = call_->candidates + index * most;
+  float* scores = call_->scores ? call_->scores + index * most : nullptr;
+  const int32_t count = scratch.sampler->candidates(logits, outputs, how, tokens, position, ids, most, found, scores);
+  std::fill(found + count, found + most, int64_t{-1});
 }
 
 }  // namespace understudy

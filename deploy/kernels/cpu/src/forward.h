@@ -25,6 +25,8 @@ class Forward : public Program {
   enum Kind : int32_t {
     kTap,
     kEmbed,
+    kFuse,     // heads: the state of a row from its features
+    kJoin,     // heads: embedding and state, normed and side by side
     kPrepare,  // quantize what enters the next linear layers, where many rows share the work
     kQkv,
     kRotate,
@@ -36,7 +38,7 @@ class Forward : public Program {
     kChoose,
   };
   // What a linear layer reads.
-  enum Source : int32_t { kAttentionNorm, kAttentionOutput, kMlpNorm, kHeadNorm, kNumSources };
+  enum Source : int32_t { kFeatures, kAttentionNorm, kAttentionOutput, kMlpNorm, kHeadNorm, kNumSources };
   struct Spot {
     const Matrix* matrix;
     int32_t tile;
@@ -53,9 +55,12 @@ class Forward : public Program {
     std::unique_ptr<Sampler> sampler;
   };
 
-  void run_layers(const us_call& call, int64_t begin, int64_t end);
-  void run_head(const us_call& call, const std::vector<int64_t>& indices);
+  void run_rows(int64_t begin, int64_t end);
+  void begin_rows(int64_t begin, int64_t end);
+  void begin_head(const std::vector<int64_t>& head_rows, size_t first);
   void execute();
+  void choose_alone();
+  void add_input_phases();
   void add_layer_phases(int32_t layer);
   void add_source(Source source, int32_t layer, int32_t rows);
   void add(Kind kind, int32_t layer, int32_t items) { phases.push_back({kind, layer, items}); }
@@ -69,6 +74,8 @@ class Forward : public Program {
   int32_t width_of(Source source) const;
   void multiply(const Spot& at, const Inputs& in, Buffer<float>& sums, Scratch& scratch, const uint8_t* next);
 
+  void join(int32_t row, Scratch& scratch);
+  void run_fuse(const Phase& phase, int32_t item, int32_t thread);
   void run_qkv(const Phase& phase, int32_t item, int32_t thread);
   void run_into_residual(const Phase& phase, int32_t item, int32_t thread, const Inputs& in);
   void run_gate_up(const Phase& phase, int32_t item, int32_t thread);
@@ -83,21 +90,26 @@ class Forward : public Program {
   void widen(int32_t layer, int32_t head, const RowPath& at, int32_t begin, int32_t count, Widened& widened,
              Scratch& scratch);
   void choose(int32_t row, Scratch& scratch);
-  const RowPath& path(int32_t row) const { return model_.rows_[static_cast<size_t>(begin_ + row)]; }
-  float* residual(int32_t row) { return &x_[static_cast<size_t>(row) * static_cast<size_t>(shape_.hidden_size)]; }
+  const RowPath& path(int32_t row) const { return model_.rows_[static_cast<size_t>(first_ + begin_ + row)]; }
+  // The residual stream of row number `index` among those in x_.
+  float* state(int64_t index) { return &x_[static_cast<size_t>(index) * static_cast<size_t>(shape_.hidden_size)]; }
+  float* residual(int32_t row) { return state(is_head_ ? first_ + begin_ + row : row); }
 
   Model& model_;
   const us_shape& shape_;
   const Kernels& kernels_;
   const int32_t num_q_, num_kv_, repeat_;
   const float score_scale_;
+  const bool is_head_;
   const us_call* call_ = nullptr;
-  int64_t begin_ = 0;
+  int64_t first_ = 0;  // rows of earlier calls that this one continues
+  int64_t begin_ = 0;  // of the rows that run now, in this call
   int32_t num_rows_ = 0, num_head_ = 0, group_rows_ = 1, num_groups_ = 0;
   bool rotates_first_ = false;
   std::array<double, kNumTimes> times_{};  // seconds
   int64_t serial_ = 0;  // of the program, so that no thread takes old inputs for new ones
-  Buffer<float> x_, qkv_, attention_, head_x_, logits_;
+  Buffer<float> x_;  // of the rows that run now; of a head all provisional rows: their children read it
+  Buffer<float> qkv_, attention_, joined_, logits_;
   std::vector<float*> logit_rows_;
   std::vector<int64_t> head_indices_;
   std::array<InputsBuffer, kNumSources> shared_;

@@ -76,6 +76,12 @@ struct AttentionBlock {
   float* weights;       // scratch: 32 · heads
 };
 
+// What decides a token's noise, besides the token.
+struct NoiseKey {
+  uint64_t seed, sample_index;
+  uint32_t position;
+};
+
 struct Finite {
   float maximum;
   int32_t is_finite;
@@ -104,14 +110,17 @@ struct Kernels {
   void (*to_float32)(const void* from, Number, int32_t n, float* to);
   // int8 codes and scales of a plain row of weights, n a multiple of 32
   void (*quantize_weights)(const float* x, int32_t n, int8_t* codes, float* scale);
-  // Sampling over n floats, n padded to a multiple of 16 by the caller's buffer
+  // Sampling over n floats
   Finite (*find_maximum)(const float* x, int32_t n);
   void (*divide)(const float* x, float by, int32_t n, float* y);
   // Writes the indices of all x >= lowest, ascending, and returns how many; `indices` has room for n.
   int32_t (*find_above)(const float* x, float lowest, int32_t n, int32_t* indices);
   double (*sum_exp)(const float* x, float maximum, int32_t n);
   void (*exp_difference)(const float* x, float maximum, int32_t n, float* y);
-  void (*gumbel)(const uint32_t* words, int32_t n, float* y);
+  // log of a positive normal number
+  float (*log)(float x);
+  // z_i += the Gumbel noise of tokens_i
+  void (*add_noise)(const NoiseKey&, const int32_t* tokens, int32_t n, float* z);
   // Ceilings for the benchmarks
   void (*measure_read)(const uint8_t* data, size_t bytes);
   void (*measure_dot)(int64_t rounds);

@@ -563,12 +563,42 @@ void exp_difference(const float* x, float maximum, int32_t n, float* y) {
   for (int32_t i = 0; i < n; i += 16) store_at(y, i, n, exp_lanes(sub(load_at(x, i, n, 0.0f), set1(maximum))));
 }
 
-// −log(−log(u)), u = ((word >> 9) + 0.5) · 2^-23. Sixteen words at a time; the caller pads.
-void gumbel(const uint32_t* words, int32_t n, float* y) {
+float log_one(float x) { return first_lane(log_lanes(set1(x))); }
+
+// Philox4x32-10 of sixteen counters under one key: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC
+// 2011). word: the counters, then the output.
+inline void philox(Ints (&word)[4], uint64_t key) {
+  auto key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
+  for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9, key1 += 0xBB67AE85) {
+    Ints low0, high0, low1, high1;
+    multiply_wide(word[0], 0xD2511F53, low0, high0);
+    multiply_wide(word[2], 0xCD9E8D57, low1, high1);
+    word[0] = exclusive_or(exclusive_or(high1, word[1]), set1_ints(key0));
+    word[1] = low1;
+    word[2] = exclusive_or(exclusive_or(high0, word[3]), set1_ints(key1));
+    word[3] = low0;
+  }
+}
+
+// −log(−log(u)), u = ((word >> 9) + 0.5) · 2^-23.
+void add_noise(const NoiseKey& key, const int32_t* tokens, int32_t n, float* z) {
   for (int32_t i = 0; i < n; i += 16) {
-    const Floats top = to_floats(shift_right(load_ints(words + i), 9));
+    const int32_t* block = tokens + i;
+    int32_t last[16];
+    if (i + 16 > n) {
+      for (int j = 0; j < 16; ++j) last[j] = i + j < n ? block[j] : 0;
+      block = last;
+    }
+    Ints word[4] = {shift_right(load_ints(block), 2), set1_ints(key.position),
+                    set1_ints(static_cast<uint32_t>(key.sample_index)),
+                    set1_ints(static_cast<uint32_t>(key.sample_index >> 32))};
+    philox(word, key.seed);
+    uint32_t words[4][16], chosen[16];
+    for (int j = 0; j < 4; ++j) store_ints(words[j], word[j]);
+    for (int j = 0; j < 16; ++j) chosen[j] = words[block[j] & 3][j];
+    const Floats top = to_floats(shift_right(load_ints(chosen), 9));
     const Floats u = mul(add(top, set1(0.5f)), set1(0x1p-23f));
-    store(y + i, negate(log_lanes(negate(log_lanes(u)))));
+    store_at(z, i, n, add(load_at(z, i, n, 0.0f), negate(log_lanes(negate(log_lanes(u))))));
   }
 }
 
@@ -617,7 +647,8 @@ void measure_dot(int64_t rounds) {
 constexpr Kernels kTable = {
     matmul_tile, finish_store, finish_add, finish_silu, quantize,         rms_norm,
     rotate,      to_half,      widen,        attend,     attend_finish, embed,          to_float32,
-    quantize_weights, find_maximum, divide, find_above, sum_exp, exp_difference, gumbel,
+    quantize_weights, find_maximum, divide, find_above, sum_exp, exp_difference, log_one,
+    add_noise,
     measure_read, measure_dot, 4.0 * kTile * kGroup,
 };
 

@@ -32,20 +32,36 @@ void Forward::add_source(Source source, int32_t layer, int32_t rows) {
   add(kPrepare, layer * kNumSources + source, rows);
 }
 
-int32_t Forward::width_of(Source source) const { return source == kAttentionOutput ? num_q_ : shape_.hidden_size; }
+int32_t Forward::width_of(Source source) const {
+  if (source == kAttentionOutput) return num_q_;
+  if (source == kFeatures) return shape_.num_features * shape_.hidden_size;
+  return source == kAttentionNorm && is_head_ ? 2 * shape_.hidden_size : shape_.hidden_size;
+}
 
 void Forward::quantize_row(Source source, int32_t layer, int32_t row, const Inputs& to, Scratch& scratch) {
-  const float eps = shape_.rms_norm_eps;
-  const float* x = residual(row);
+  const auto& norm = model_.layers_[static_cast<size_t>(layer)].norm;
+  const float* x = nullptr;
   const float* weight = nullptr;
-  if (source == kAttentionNorm) weight = model_.layers_[static_cast<size_t>(layer)].norm[kInputNorm].data();
-  if (source == kMlpNorm) weight = model_.layers_[static_cast<size_t>(layer)].norm[kPostAttentionNorm].data();
-  if (source == kAttentionOutput) x = &attention_[product(row, num_q_)];
-  if (source == kHeadNorm) {
-    x = &head_x_[product(row, shape_.hidden_size)];
-    weight = model_.final_norm_.data();
+  switch (source) {
+    case kFeatures:
+      x = call_->features + static_cast<size_t>(begin_ + row) * static_cast<size_t>(width_of(kFeatures));
+      break;
+    case kAttentionNorm:
+      x = is_head_ ? &joined_[product(row, 2 * shape_.hidden_size)] : residual(row);
+      weight = is_head_ ? nullptr : norm[kInputNorm].data();
+      break;
+    case kAttentionOutput:
+      x = &attention_[product(row, num_q_)];
+      break;
+    case kMlpNorm:
+      x = residual(row);
+      weight = norm[kPostAttentionNorm].data();
+      break;
+    default:
+      x = residual(static_cast<int32_t>(call_->head_rows[head_indices_[static_cast<size_t>(row)]] - begin_));
+      weight = model_.final_norm_.data();
   }
-  kernels_.quantize(x, weight, eps, to, row, scratch.norm.data());
+  kernels_.quantize(x, weight, shape_.rms_norm_eps, to, row, scratch.norm.data());
 }
 
 const Inputs& Forward::inputs_for(Source source, int32_t layer, int32_t thread) {
@@ -68,6 +84,7 @@ int32_t Forward::items_of(int32_t kind, int32_t layer) const {
   const auto& linear = model_.layers_[static_cast<size_t>(layer)].linear;
   if (kind == kQkv) return linear[kQ].view.tiles() + linear[kK].view.tiles() + linear[kV].view.tiles();
   if (kind == kGateUp) return linear[Linear::kGate].view.tiles();
+  if (kind == kFuse) return linear[kFc].view.tiles();
   return linear[kind == kOutput ? kO : Linear::kDown].view.tiles();
 }
 
@@ -76,6 +93,7 @@ Forward::Spot Forward::spot(int32_t kind, int32_t layer, int32_t item) const {
   const auto& linear = model_.layers_[static_cast<size_t>(layer)].linear;
   if (kind == kOutput) return {&linear[kO], item};
   if (kind == kGateUp) return {&linear[Linear::kGate], item};
+  if (kind == kFuse) return {&linear[kFc], item};
   if (kind == Kind::kDown) return {&linear[Linear::kDown], item};
   for (const Linear which : {kQ, kK}) {
     const int32_t tiles = linear[which].view.tiles();
@@ -112,7 +130,9 @@ const uint8_t* Forward::next_after(const Phase& phase, int32_t item, int32_t thr
   const Pool& pool = model_.runtime_->pool;
   int32_t kind = phase.kind, layer = phase.layer, following = item + 1;
   if (following == phase.items || following == pool.first_item(phase.items, thread + 1)) {
-    if (kind == kQkv) {
+    if (kind == kFuse) {
+      kind = kQkv;
+    } else if (kind == kQkv) {
       kind = kOutput;
     } else if (kind == kOutput) {
       kind = kGateUp;
@@ -135,6 +155,14 @@ void Forward::multiply(const Spot& at, const Inputs& in, Buffer<float>& sums, Sc
   kernels_.matmul_tile(at.matrix->view, at.tile, in, sums.data(), scratch.decode.data(), next);
 }
 
+void Forward::run_fuse(const Phase& phase, int32_t item, int32_t thread) {
+  Scratch& scratch = scratch_[static_cast<size_t>(thread)];
+  const Spot at = spot(kFuse, phase.layer, item);
+  multiply(at, inputs_for(kFeatures, phase.layer, thread), scratch.sums, scratch, next_after(phase, item, thread));
+  kernels_.finish_store(scratch.sums.data(), num_rows_, count_in(at.matrix->view, item), nullptr,
+                        residual(0) + item * kTile, static_cast<size_t>(shape_.hidden_size));
+}
+
 void Forward::run_qkv(const Phase& phase, int32_t item, int32_t thread) {
   Scratch& scratch = scratch_[static_cast<size_t>(thread)];
   const Spot at = spot(kQkv, phase.layer, item);
@@ -154,7 +182,7 @@ void Forward::run_into_residual(const Phase& phase, int32_t item, int32_t thread
   fetch_inputs(phase, item, thread, in);
   multiply(at, in, scratch.sums, scratch, next_after(phase, item, thread));
   kernels_.finish_add(scratch.sums.data(), num_rows_, count_in(at.matrix->view, at.tile), bias_of(*at.matrix, at.tile),
-                      &x_[product(item, kTile)], static_cast<size_t>(shape_.hidden_size));
+                      residual(0) + item * kTile, static_cast<size_t>(shape_.hidden_size));
 }
 
 // 32 outputs of gate and up are one group of inputs of the next layer.

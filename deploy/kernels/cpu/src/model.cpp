@@ -22,6 +22,8 @@ Model::Model(std::shared_ptr<Runtime> runtime, const us_shape& shape) : runtime_
   if (shape.hidden_size < kGroup || shape.hidden_size % kGroup || shape.intermediate_size < kGroup ||
       shape.intermediate_size % kGroup || num_q % kGroup)
     refuse("hidden_size, intermediate_size and num_heads·head_dim must be multiples of 32");
+  if (shape.num_features < 0 || shape.num_features > 64) refuse("num_features is out of range");
+  if (is_head() && (shape.num_layers != 1 || shape.has_qk_norm)) refuse("a head has one layer, without QK norm");
   layers_.resize(static_cast<size_t>(shape.num_layers));
 }
 
@@ -35,11 +37,14 @@ int32_t Model::expected_outputs(int32_t which) const {
 
 int32_t Model::expected_inputs(int32_t which) const {
   if (which == kO) return shape_.num_heads * shape_.head_dim;
+  if (which == kFc) return shape_.num_features * shape_.hidden_size;
+  if (which <= kV && is_head()) return 2 * shape_.hidden_size;
   return which == kDown ? shape_.intermediate_size : shape_.hidden_size;
 }
 
 void Model::set_linear(int32_t layer, int32_t which, const us_weights& weights) {
-  if (layer < 0 || layer >= shape_.num_layers || which < 0 || which >= kNumLinears) refuse("there is no such layer");
+  if (layer < 0 || layer >= shape_.num_layers || which < 0 || which >= (is_head() ? kNumLinears : kFc))
+    refuse("there is no such layer");
   if (weights.outputs != expected_outputs(which) || weights.inputs != expected_inputs(which))
     refuse("the weight's shape is not the layer's");
   if (weights.bias && which > kV) refuse("only q, k and v may have a bias");
@@ -56,15 +61,15 @@ void Model::set_norm(int32_t layer, int32_t which, const float* values, int64_t 
   target.assign(values, values + count);
 }
 
-void Model::set_head(const us_weights& weights) {
+void Model::set_head(const us_weights& weights, const int64_t* ids) {
   if (weights.inputs != shape_.hidden_size || weights.outputs > shape_.vocab_size || !weights.is_plain)
     refuse("the head must be plain, [at most vocab_size, hidden_size]");
   head_ids_.clear();
-  if (weights.row_ids) {
-    head_ids_.assign(weights.row_ids, weights.row_ids + weights.outputs);
+  if (ids) {
+    head_ids_.assign(ids, ids + weights.outputs);
     for (size_t i = 0; i < head_ids_.size(); ++i)
       if (head_ids_[i] < (i ? head_ids_[i - 1] + 1 : 0) || head_ids_[i] >= shape_.vocab_size)
-        refuse("the head's row ids must ascend and be tokens of the vocabulary");
+        refuse("the head's ids must ascend and be tokens of the vocabulary");
   } else if (weights.outputs != shape_.vocab_size) {
     refuse("the head's shape is not the model's");
   }
@@ -75,23 +80,31 @@ void Model::set_embedding_int8(const us_weights& weights) {
   if (weights.inputs != shape_.hidden_size || weights.outputs != shape_.vocab_size || !weights.is_plain ||
       weights.row_ids)
     refuse("the embedding must be plain, [vocab_size, hidden_size]");
-  embedding_int8_ = pack(weights, runtime_->kernels, runtime_->pool, arena_);
+  embedding_ = {nullptr, Number::kFloat32, pack(weights, runtime_->kernels, runtime_->pool, arena_).view};
 }
 
 void Model::set_embedding(const void* values, Number number) {
-  embedding_ = static_cast<const uint8_t*>(values);
-  embedding_number_ = number;
+  embedding_ = {static_cast<const uint8_t*>(values), number, MatrixView()};
+}
+
+void Model::share_embedding(const Model& other) {
+  if (!other.forward_ || other.shape_.vocab_size != shape_.vocab_size ||
+      other.shape_.hidden_size != shape_.hidden_size)
+    refuse("the other model is not finished, or of another size");
+  embedding_ = other.embedding_;
 }
 
 void Model::finish() {
   for (const Layer& layer : layers_) {
-    for (const Matrix& matrix : layer.linear)
-      if (!matrix.view.data) refuse("a linear layer is missing");
-    for (int which = 0; which < (shape_.has_qk_norm ? kNumNorms : kQNorm); ++which)
+    for (int which = 0; which < (is_head() ? kNumLinears : kFc); ++which)
+      if (!layer.linear[static_cast<size_t>(which)].view.data) refuse("a linear layer is missing");
+    for (int which = 0; which < (shape_.has_qk_norm ? kHiddenNorm : kQNorm); ++which)
       if (layer.norm[static_cast<size_t>(which)].empty()) refuse("a norm is missing");
+    if (is_head() && layer.norm[kHiddenNorm].empty()) refuse("a norm is missing");
   }
   if (final_norm_.empty() || !head_.view.data) refuse("the final norm or the head is missing");
-  if (!embedding_ && !embedding_int8_.view.data && !head_ids_.empty()) refuse("the embedding is missing");
+  if (!embedding_.is_set() && head_ids_.empty()) embedding_.packed = head_.view;
+  if (!embedding_.is_set()) refuse("the embedding is missing");
   forward_ = std::make_unique<Forward>(*this);
 }
 
@@ -103,30 +116,19 @@ void Model::add_rope(const float* cosine, const float* sine, int64_t count) {
 }
 
 void Model::embed(int32_t token, float* x) const {
-  if (embedding_) {
-    const size_t size = embedding_number_ == Number::kFloat32 ? 4 : 2;
-    const size_t row = size * static_cast<size_t>(shape_.hidden_size);
-    return runtime_->kernels.to_float32(embedding_ + row * static_cast<size_t>(token), embedding_number_,
-                                        shape_.hidden_size, x);
-  }
-  runtime_->kernels.embed(embedding_int8_.view.data ? embedding_int8_.view : head_.view, token, x);
+  if (!embedding_.values) return runtime_->kernels.embed(embedding_.packed, token, x);
+  const size_t size = embedding_.number == Number::kFloat32 ? 4 : 2;
+  const size_t row = size * static_cast<size_t>(shape_.hidden_size);
+  runtime_->kernels.to_float32(embedding_.values + row * static_cast<size_t>(token), embedding_.number,
+                               shape_.hidden_size, x);
 }
 
 void Model::check_call(const us_call& call) const {
   if (!forward_) refuse("the model is not finished");
-  if (call.num_rows < 1 || call.num_rows > (1 << 24)) refuse("a forward needs 1 to 2^24 rows");
-  const auto covered = static_cast<int64_t>(cosine_.size()) / (shape_.head_dim / 2);
-  for (int64_t i = 0; i < call.num_rows; ++i) {
-    const std::string row = "row " + std::to_string(i);
-    if (call.tokens[i] < 0 || call.tokens[i] >= shape_.vocab_size) refuse(row + ": no such token");
-    const int32_t parent = call.parents[i];
-    if (parent < -1 || parent >= i || (parent >= 0 && call.sequences[parent] != call.sequences[i]))
-      refuse(row + ": the parent is not an earlier row of its sequence");
-    const auto found = sequences_.find(call.sequences[i]);
-    const int64_t kept = found == sequences_.end() ? 0 : found->second->length();
-    if (call.positions[i] != (parent < 0 ? kept : call.positions[parent] + 1)) refuse(row + ": not the next position");
-    if (call.positions[i] >= covered) refuse(row + ": no rotary table for its position");
-  }
+  const auto first = static_cast<int64_t>(call.continues ? rows_.size() : 0);
+  if (call.num_rows < 1 || call.num_rows + first > (1 << 24)) refuse("a forward needs 1 to 2^24 rows");
+  if (call.features && !is_head()) refuse("only heads read features");
+  for (int64_t i = 0; i < call.num_rows; ++i) check_row(call, i, first);
   for (int64_t i = 0; i < call.num_head_rows; ++i)
     if (call.head_rows[i] < 0 || call.head_rows[i] >= call.num_rows) refuse("a head row is not a row of the call");
   for (int64_t i = 0; i < call.num_taps; ++i)
@@ -134,39 +136,69 @@ void Model::check_call(const us_call& call) const {
       refuse("taps must ascend and be layers of the model");
 }
 
-void Model::place(const us_call& call, int64_t index, int32_t slot) {
-  RowPath& row = rows_[static_cast<size_t>(index)];
-  row.position = call.positions[index];
-  row.slot = slot;
+// first: rows of earlier calls that this one continues.
+void Model::check_row(const us_call& call, int64_t index, int64_t first) const {
+  const auto refuse_row = [index](const char* what) { refuse("row " + std::to_string(index) + ": " + what); };
+  if (call.tokens[index] < 0 || call.tokens[index] >= shape_.vocab_size) refuse_row("no such token");
+  const auto found = sequences_.find(call.sequences[index]);
+  const Sequence* sequence = found == sequences_.end() ? nullptr : found->second.get();
   const int32_t parent = call.parents[index];
-  const RowPath* before = parent < 0 ? nullptr : &rows_[static_cast<size_t>(parent)];
-  row.tail = before ? before->tail : std::vector<int32_t>();
-  if (row.tail.empty() && slot == row.position) {
+  int32_t expected = 0;
+  if (parent == -1) {
+    expected = sequence ? sequence->length() : 0;
+  } else if (parent >= 0 && parent < first && sequence && rows_[static_cast<size_t>(parent)].sequence == sequence) {
+    expected = rows_[static_cast<size_t>(parent)].position + 1;
+  } else if (parent >= first && parent < first + index && call.sequences[parent - first] == call.sequences[index]) {
+    expected = call.positions[parent - first] + 1;
+  } else {
+    refuse_row("the parent is not an earlier row of its sequence");
+  }
+  if (call.positions[index] != expected) refuse_row("not the next position");
+  const auto covered = static_cast<int64_t>(cosine_.size()) / (shape_.head_dim / 2);
+  if (call.positions[index] >= covered) refuse_row("no rotary table for its position");
+  if (is_head() && !call.features && (parent < 0 || parent >= first))
+    refuse_row("without features it must follow a row of an earlier call");
+}
+
+// Slots and identity of a row whose position and slot are known.
+void Model::place(RowPath& row, const RowPath* parent) const {
+  if (parent) row.tail = parent->tail;
+  if (row.tail.empty() && row.slot == row.position) {
     row.identity = row.position + 1;
     return;
   }
-  row.identity = row.tail.empty() ? row.position : before->identity;
-  row.tail.push_back(slot);
+  row.identity = row.tail.empty() ? row.position : parent->identity;
+  row.tail.push_back(row.slot);
+}
+
+Sequence& Model::sequence_at(int64_t number) {
+  std::unique_ptr<Sequence>& sequence = sequences_[number];
+  if (!sequence) sequence = std::make_unique<Sequence>(shape_.num_layers, shape_.num_kv_heads, shape_.head_dim);
+  return *sequence;
 }
 
 void Model::lay_out_rows(const us_call& call) {
-  rows_.assign(static_cast<size_t>(call.num_rows), RowPath());
-  row_tokens_.resize(static_cast<size_t>(call.num_rows));
-  std::unordered_map<Sequence*, int32_t> ends;
-  for (int64_t i = 0; i < call.num_rows; ++i) {
-    std::unique_ptr<Sequence>& sequence = sequences_[call.sequences[i]];
-    if (!sequence) sequence = std::make_unique<Sequence>(shape_.num_layers, shape_.num_kv_heads, shape_.head_dim);
-    const int32_t slot = ends.emplace(sequence.get(), sequence->length()).first->second++;
-    rows_[static_cast<size_t>(i)].sequence = sequence.get();
-    row_tokens_[static_cast<size_t>(i)] = {call.tokens[i], call.parents[i]};
-    place(call, i, slot);
+  if (!call.continues) drop_all_provisional();
+  const size_t first = rows_.size(), count = static_cast<size_t>(call.num_rows);
+  rows_.resize(first + count);
+  row_tokens_.resize(first + count);
+  for (size_t i = 0; i < count; ++i) {
+    RowPath& row = rows_[first + i];
+    row.sequence = &sequence_at(call.sequences[i]);
+    row.position = call.positions[i];
+    row.slot = row.sequence->add_provisional();
+    row_tokens_[first + i] = {call.tokens[i], call.parents[i]};
+    place(row, call.parents[i] < 0 ? nullptr : &rows_[static_cast<size_t>(call.parents[i])]);
   }
-  for (const auto& [sequence, end] : ends) sequence->reserve(end);
 }
 
 void Model::forward(const us_call& call) {
   std::lock_guard<std::mutex> lock(mutex_);
   check_call(call);
+  compute(call);
+}
+
+void Model::compute(const us_call& call) {
   lay_out_rows(call);
   forward_->run_call(call);
 }
@@ -174,28 +206,37 @@ void Model::forward(const us_call& call) {
 void Model::keep(int64_t sequence, const int32_t* rows, int64_t count) {
   std::lock_guard<std::mutex> lock(mutex_);
   const auto found = sequences_.find(sequence);
-  if (found == sequences_.end()) {
-    if (count) refuse("keep: no such sequence");
-    return;
-  }
-  Sequence* kept = found->second.get();
+  if (found != sequences_.end()) return keep_rows(*found->second, rows, count);
+  if (count) refuse("keep: no such sequence");
+}
+
+void Model::keep_rows(Sequence& sequence, const int32_t* rows, int64_t count) {
   std::vector<int32_t> slots, tokens;
   int32_t parent = -1;
   for (int64_t i = 0; i < count; ++i) {
     const auto index = static_cast<size_t>(rows[i]);
-    if (rows[i] < 0 || index >= rows_.size() || rows_[index].sequence != kept || row_tokens_[index].parent != parent)
-      refuse("keep: the rows are not a path of the last call");
+    if (rows[i] < 0 || index >= rows_.size() || rows_[index].sequence != &sequence ||
+        row_tokens_[index].parent != parent)
+      refuse("keep: the rows are not a path of the last calls");
     slots.push_back(rows_[index].slot);
     tokens.push_back(row_tokens_[index].token);
     parent = rows[i];
   }
-  kept->keep(slots, tokens);
-  drop_provisional(kept);
+  sequence.keep(slots, tokens);
+  drop_provisional(&sequence);
 }
 
-void Model::drop_provisional(const Sequence* sequence) {
+void Model::drop_provisional(Sequence* sequence) {
+  sequence->drop_provisional();
   for (RowPath& row : rows_)
     if (row.sequence == sequence) row.sequence = nullptr;
+}
+
+void Model::drop_all_provisional() {
+  for (const RowPath& row : rows_)
+    if (row.sequence) row.sequence->drop_provisional();
+  rows_.clear();
+  row_tokens_.clear();
 }
 
 void Model::truncate(int64_t sequence, int64_t length) {

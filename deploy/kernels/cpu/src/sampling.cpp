@@ -13,49 +13,39 @@ constexpr float kLargestNoise = 16.7f;
 // How far two orders of summation of the same numbers can differ, relatively; n · 2^-53 is far below it.
 constexpr double kSumError = 1e-9;
 
-struct Block {
-  uint32_t word[4];
-};
-
-// Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
-Block philox(Block c, uint64_t seed) {
-  auto k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = uint64_t{0xD2511F53} * c.word[0], b = uint64_t{0xCD9E8D57} * c.word[2];
-    c = {{static_cast<uint32_t>(b >> 32) ^ c.word[1] ^ k0, static_cast<uint32_t>(b),
-          static_cast<uint32_t>(a >> 32) ^ c.word[3] ^ k1, static_cast<uint32_t>(a)}};
-    k0 += 0x9E3779B9;
-    k1 += 0xBB67AE85;
-  }
-  return c;
-}
-
 }  // namespace
 
 int64_t Sampler::choose(const float* logits, int32_t n, const us_sampling& how, const std::vector<int32_t>& path,
                         int64_t position, const int64_t* ids) {
-  n_ = n;
-  ids_ = ids;
-  const Finite found = kernels_.find_maximum(logits, n);
-  if (!found.is_finite) return kNotFinite;
-  const auto penalty = static_cast<float>(how.repetition_penalty);
-  const bool is_penalized = how.repetition_penalty != 1.0 && !path.empty();
-  if (how.temperature == 0 && !is_penalized) {
-    largest_ = found.maximum;
-    return id_of(first_largest(logits));
-  }
-  z_.assign(logits, logits + n);
-  if (is_penalized) penalize(path, penalty);
-  if (how.temperature != 0) kernels_.divide(z_.data(), static_cast<float>(how.temperature), n, z_.data());
-  largest_ = kernels_.find_maximum(z_.data(), n).maximum;
-  if (how.temperature == 0) return id_of(first_largest(z_.data()));
+  if (!begin(logits, n, how, path, ids)) return kNotFinite;
+  if (how.temperature == 0) return id_of(first_largest());
   truncate(how);
   return id_of(sample(how, position));
 }
 
-int32_t Sampler::first_largest(const float* z) const {
+// Penalty and temperature. Returns false where a logit is not finite.
+bool Sampler::begin(const float* logits, int32_t n, const us_sampling& how, const std::vector<int32_t>& path,
+                    const int64_t* ids) {
+  n_ = n;
+  ids_ = ids;
+  z_ = logits;
+  const Finite found = kernels_.find_maximum(logits, n);
+  if (!found.is_finite) return false;
+  largest_ = found.maximum;
+  const bool is_penalized = how.repetition_penalty != 1.0 && !path.empty();
+  if (how.temperature == 0 && !is_penalized) return true;
+  processed_.assign(logits, logits + n);
+  if (is_penalized) penalize(path, static_cast<float>(how.repetition_penalty));
+  float* z = processed_.data();
+  if (how.temperature != 0) kernels_.divide(z, static_cast<float>(how.temperature), n, z);
+  largest_ = kernels_.find_maximum(z, n).maximum;
+  z_ = z;
+  return true;
+}
+
+int32_t Sampler::first_largest() const {
   for (int32_t i = 0; i < n_; ++i)
-    if (z[i] == largest_) return i;
+    if (z_[i] == largest_) return i;
   return 0;
 }
 
@@ -71,7 +61,7 @@ void Sampler::penalize(const std::vector<int32_t>& path, float penalty) {
       index = place - ids_;
     }
     if (index < 0 || index >= n_) continue;
-    float& z = z_[static_cast<size_t>(index)];
+    float& z = processed_[static_cast<size_t>(index)];
     z = z > 0 ? z / penalty : z * penalty;
   }
 }
@@ -85,21 +75,27 @@ void Sampler::truncate(const us_sampling& how) {
 
 // Replaces kept_ by every index with z >= lowest, in order of index.
 void Sampler::keep_above(float lowest) {
-  if (found_.size() < static_cast<size_t>(n_)) found_.resize(static_cast<size_t>(n_));
-  kept_.assign(found_.data(), found_.data() + kernels_.find_above(z_.data(), lowest, n_, found_.data()));
+  const int32_t count = find_above(z_, lowest, n_);
+  kept_.assign(found_.data(), found_.data() + count);
+}
+
+// The first of found_ become the indices of all values >= lowest, ascending; returns how many.
+int32_t Sampler::find_above(const float* values, float lowest, int32_t n) {
+  if (found_.size() < static_cast<size_t>(n)) found_.resize(static_cast<size_t>(n));
+  return kernels_.find_above(values, lowest, n, found_.data());
 }
 
 // weights_[i] becomes exp(z − largest) of the i-th kept one.
 void Sampler::weigh_kept() {
   weights_.resize(kept_.size());
-  for (size_t i = 0; i < kept_.size(); ++i) weights_[i] = z_[static_cast<size_t>(kept_[i])];
+  for (size_t i = 0; i < kept_.size(); ++i) weights_[i] = z_[kept_[i]];
   kernels_.exp_difference(weights_.data(), largest_, static_cast<int32_t>(weights_.size()), weights_.data());
 }
 
 // Largest first, ties by id.
 void Sampler::sort_kept() {
   std::sort(kept_.begin(), kept_.end(), [this](int32_t a, int32_t b) {
-    const float x = z_[static_cast<size_t>(a)], y = z_[static_cast<size_t>(b)];
+    const float x = z_[a], y = z_[b];
     return x > y || (x == y && a < b);
   });
 }
@@ -133,7 +129,7 @@ void Sampler::keep_top_p(double top_p) {
 // Without sorting the vocabulary: sums are taken in another order than the definition's, which decides nothing unless
 // one comes within rounding of the threshold. Returns false then.
 bool Sampler::keep_top_p_of_few(double top_p) {
-  const double threshold = top_p * kernels_.sum_exp(z_.data(), largest_, n_);
+  const double threshold = top_p * kernels_.sum_exp(z_, largest_, n_);
   for (float depth = 5.0f; depth < 100.0f; depth *= 2) {
     keep_above(largest_ - depth);
     weigh_kept();
@@ -149,7 +145,7 @@ bool Sampler::keep_top_p_of_few(double top_p) {
 bool Sampler::cut_kept(double threshold) {
   constexpr size_t kFew = 32;
   order_.resize(kept_.size());
-  for (size_t i = 0; i < kept_.size(); ++i) order_[i] = {z_[static_cast<size_t>(kept_[i])], kept_[i], weights_[i]};
+  for (size_t i = 0; i < kept_.size(); ++i) order_[i] = {z_[kept_[i]], kept_[i], weights_[i]};
   const auto comes_before = [](const Candidate& a, const Candidate& b) {
     return a.z > b.z || (a.z == b.z && a.index < b.index);
   };
@@ -176,7 +172,7 @@ bool Sampler::cut_kept(double threshold) {
     const Candidate last = *at;
     size_t count = 0;
     for (const int32_t index : kept_)
-      if (!comes_before(last, {z_[static_cast<size_t>(index)], index, 0.0f})) kept_[count++] = index;
+      if (!comes_before(last, {z_[index], index, 0.0f})) kept_[count++] = index;
     kept_.resize(count);
     keeps_all_ = false;
     return true;
@@ -207,37 +203,34 @@ int32_t Sampler::sample(const us_sampling& how, int64_t position) {
   const float reached = best_score_ - kLargestNoise - 1e-6f * std::fabs(largest_);
   const float done = largest_ - 3.0f;
   keep_above(reached);
-  const auto is_done = [&](int32_t index) { return z_[static_cast<size_t>(index)] >= done; };
+  const auto is_done = [&](int32_t index) { return z_[index] >= done; };
   kept_.erase(std::remove_if(kept_.begin(), kept_.end(), is_done), kept_.end());
   consider(kept_, how, position);
   return best_;
 }
 
 void Sampler::consider(const std::vector<int32_t>& indices, const us_sampling& how, int64_t position) {
-  const size_t padded = (indices.size() + 15) / 16 * 16;
-  words_.assign(padded, 0);
-  noise_.resize(padded);
-  uint64_t last = std::numeric_limits<uint64_t>::max();
-  Block block = {};
-  for (size_t i = 0; i < indices.size(); ++i) {
-    const auto token = static_cast<uint64_t>(id_of(indices[i]));
-    if (token / 4 != last) {
-      last = token / 4;
-      block = philox({{static_cast<uint32_t>(last), static_cast<uint32_t>(position),
-                       static_cast<uint32_t>(how.sample_index), static_cast<uint32_t>(how.sample_index >> 32)}},
-                     how.seed);
-    }
-    words_[i] = block.word[token % 4];
-  }
-  kernels_.gumbel(words_.data(), static_cast<int32_t>(padded), noise_.data());
+  add_noise(indices, how, position);
   for (size_t i = 0; i < indices.size(); ++i) {
     const int32_t index = indices[i];
-    const float score = z_[static_cast<size_t>(index)] + noise_[i];
+    const float score = noisy_[i];
     if (best_ < 0 || score > best_score_ || (score == best_score_ && index < best_)) {
       best_ = index;
       best_score_ = score;
     }
   }
+}
+
+// noisy_[i] becomes z + noise of the i-th index.
+void Sampler::add_noise(const std::vector<int32_t>& indices, const us_sampling& how, int64_t position) {
+  noisy_.resize(indices.size());
+  tokens_.resize(indices.size());
+  for (size_t i = 0; i < indices.size(); ++i) {
+    noisy_[i] = z_[indices[i]];
+    tokens_[i] = static_cast<int32_t>(id_of(indices[i]));
+  }
+  const NoiseKey key = {how.seed, how.sample_index, static_cast<uint32_t>(position)};
+  kernels_.add_noise(key, tokens_.data(), static_cast<int32_t>(indices.size()), noisy_.data());
 }
 
 }  // namespace understudy

@@ -47,6 +47,26 @@ inline Ints add_ints(Ints a, int32_t b) {
   const __m256i all = _mm256_set1_epi32(b);
   return {_mm256_add_epi32(a.lo, all), _mm256_add_epi32(a.hi, all)};
 }
+inline Ints set1_ints(uint32_t a) {
+  const __m256i all = _mm256_set1_epi32(static_cast<int32_t>(a));
+  return {all, all};
+}
+inline Ints exclusive_or(Ints a, Ints b) { return {_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)}; }
+inline void store_ints(void* p, Ints a) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), a.lo);
+  _mm256_storeu_si256(static_cast<__m256i*>(p) + 1, a.hi);
+}
+// Both halves of unsigned products.
+inline void multiply_wide(__m256i a, __m256i by, __m256i& low, __m256i& high) {
+  const __m256i even = _mm256_mul_epu32(a, by), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), by);
+  low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+}
+inline void multiply_wide(Ints a, uint32_t by, Ints& low, Ints& high) {
+  const Ints factor = set1_ints(by);
+  multiply_wide(a.lo, factor.lo, low.lo, high.lo);
+  multiply_wide(a.hi, factor.hi, low.hi, high.hi);
+}
 inline Floats pow2(Ints n) {
   const Ints biased = add_ints(n, 127);
   return floats_of_bits({_mm256_slli_epi32(biased.lo, 23), _mm256_slli_epi32(biased.hi, 23)});

@@ -37,6 +37,16 @@ inline Ints mask_or(Ints a, int32_t mask, int32_t bits) {
   return _mm512_or_si512(_mm512_and_si512(a, _mm512_set1_epi32(mask)), _mm512_set1_epi32(bits));
 }
 inline Ints add_ints(Ints a, int32_t b) { return _mm512_add_epi32(a, _mm512_set1_epi32(b)); }
+inline Ints set1_ints(uint32_t a) { return _mm512_set1_epi32(static_cast<int32_t>(a)); }
+inline Ints exclusive_or(Ints a, Ints b) { return _mm512_xor_si512(a, b); }
+inline void store_ints(void* p, Ints a) { _mm512_storeu_si512(p, a); }
+// Both halves of unsigned products.
+inline void multiply_wide(Ints a, uint32_t by, Ints& low, Ints& high) {
+  const Ints factor = set1_ints(by);
+  const Ints even = _mm512_mul_epu32(a, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), factor);
+  low = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+  high = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+}
 
 // Halving: 8, 4, 2, 1.
 inline float sum_lanes(Floats a) {

@@ -105,6 +105,24 @@ inline Ints add_ints(Ints a, int32_t b) {
   for (int i = 0; i < 16; ++i) a.v[i] += b;
   return a;
 }
+inline Ints set1_ints(uint32_t a) {
+  Ints r;
+  for (int i = 0; i < 16; ++i) r.v[i] = static_cast<int32_t>(a);
+  return r;
+}
+inline Ints exclusive_or(Ints a, Ints b) {
+  for (int i = 0; i < 16; ++i) a.v[i] ^= b.v[i];
+  return a;
+}
+inline void store_ints(void* p, Ints a) { std::memcpy(p, a.v, sizeof a.v); }
+// Both halves of unsigned products.
+inline void multiply_wide(Ints a, uint32_t by, Ints& low, Ints& high) {
+  for (int i = 0; i < 16; ++i) {
+    const uint64_t product = static_cast<uint64_t>(static_cast<uint32_t>(a.v[i])) * by;
+    low.v[i] = static_cast<int32_t>(static_cast<uint32_t>(product));
+    high.v[i] = static_cast<int32_t>(static_cast<uint32_t>(product >> 32));
+  }
+}
 // Halving: 8, 4, 2, 1.
 inline float sum_lanes(Floats a) {
   for (int width = 8; width > 0; width /= 2)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from deploy.runtime.cpu_backend import sample_native
+from deploy.runtime.cpu_sampling import sample_native
 from deploy.runtime.sampling import SamplingParams, sample
 
 PARAMS = [
