@@ -79,7 +79,7 @@ def gumbel_noise(tokens: npt.NDArray[np.int64], *, position: int, sample_index: 
     return -log32(-log32(uniform))
 
 
-def _penalize(logits: Float32, penalty: float, path: Sequence[int]) -> Float32:
+def penalize(logits: Float32, penalty: float, path: Sequence[int]) -> Float32:
     """Divide positive and multiply negative logits of tokens already on the path (CTRL, arXiv 1909.05858)."""
     if penalty == 1.0 or not path:
         return logits
@@ -95,7 +95,7 @@ def survivors(logits: Float32, params: SamplingParams, path: Sequence[int]) -> t
 
     logits: float32 [vocab]. path: the row's own tokens so far, prompt included. temperature must not be 0.
     """
-    z = _penalize(logits, params.repetition_penalty, path) / np.float32(params.temperature)
+    z = penalize(logits, params.repetition_penalty, path) / np.float32(params.temperature)
     order = np.argsort(-z, kind="stable")  # ties: the lower id first
     if params.top_k:
         order = order[: params.top_k]
@@ -122,7 +122,7 @@ def sample(
     if not np.isfinite(logits).all():
         raise ValueError(f"the logits for position {position} are not finite; the model's weights are not usable")
     if params.temperature == 0:
-        return int(np.argmax(_penalize(logits, params.repetition_penalty, path)))
+        return int(np.argmax(penalize(logits, params.repetition_penalty, path)))
     tokens, z = survivors(logits, params, path)
     score = z + gumbel_noise(tokens, position=position, sample_index=sample_index, seed=params.seed)
     return int(tokens[score == score.max()].min())

@@ -3,49 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from deploy.formats.architectures import ModelShape
 from deploy.formats.model_dir import ModelDirectory
-from deploy.formats.packed import GroupedInt
-from deploy.kernels.reference.attention import attend, rotate
 from deploy.kernels.reference.cache import SequenceCache
-from deploy.kernels.reference.fp32 import LANES, Float32, lane_dot, round_half, silu32
-from deploy.kernels.reference.linear import GROUP, FloatLinear, Int8Linear, Linear, quantize_groups
-from deploy.kernels.rope import rope_tables
+from deploy.kernels.reference.candidates import Candidates, candidates
+from deploy.kernels.reference.draft import grow
+from deploy.kernels.reference.fp32 import Float32
+from deploy.kernels.reference.layers import (
+    ROWS_AT_ONCE,
+    Activations,
+    DecoderLayer,
+    build_linear,
+    check_shape,
+    rms_norm,
+    run_layer,
+)
+from deploy.kernels.reference.linear import GROUP, Linear, quantize_groups
 from deploy.runtime.backend import Forward, ForwardTokens, Row, check_rows, check_truncation, per_row
+from deploy.runtime.drafts import fit_draft
 from deploy.runtime.sampling import SamplingParams, sample
-
-# float32 rounds nothing; it exists to compare with other implementations.
-Activations = Literal["int8", "bf16", "float32"]
-_ROWS_AT_ONCE = 64
-
-
-def rms_norm(x: Float32, weight: Float32, eps: float) -> Float32:
-    """(x · 1/sqrt(mean(x²) + eps)) · weight over the last axis; the sum of squares in 16 lanes."""
-    mean = lane_dot(x, x) / np.float32(x.shape[-1])
-    factor = np.float32(1) / np.sqrt(mean + np.float32(eps))
-    return (x * factor[..., None]) * weight
-
-
-@dataclass(frozen=True)
-class _Layer:
-    input_norm: Float32
-    q: Linear
-    k: Linear
-    v: Linear
-    q_norm: Float32 | None
-    k_norm: Float32 | None
-    o: Linear
-    post_attention_norm: Float32
-    gate: Linear
-    up: Linear
-    down: Linear
+from deploy.runtime.tree import Draft, TreeLimits
 
 
 class _Loader:
@@ -57,23 +40,15 @@ class _Loader:
     def vector(self, name: str) -> Float32:
         return self._directory.float32(f"{name}.weight")
 
-    def _build(self, weight: GroupedInt | Float32, bias: Float32 | None) -> Linear:
-        if self._activations == "int8":
-            if isinstance(weight, GroupedInt):
-                return Int8Linear.from_grouped(weight, bias)
-            return Int8Linear.from_float(weight, bias)
-        values = weight.dequantize() if isinstance(weight, GroupedInt) else weight
-        return FloatLinear(values, bias, is_rounded=self._activations == "bf16")
-
     def linear(self, name: str) -> Linear:
         bias = self._directory.float32(f"{name}.bias") if f"{name}.bias" in self._directory.names() else None
-        layer = self._build(self._directory.linear(name), bias)
+        layer = build_linear(self._directory.linear(name), bias, self._activations)
         self._directory.release(name)
         return layer
 
-    def layer(self, index: int) -> _Layer:
+    def layer(self, index: int) -> DecoderLayer:
         name, qk_norm = f"model.layers.{index}", self._directory.shape.qk_norm
-        return _Layer(
+        return DecoderLayer(
             input_norm=self.vector(f"{name}.input_layernorm"),
             q=self.linear(f"{name}.self_attn.q_proj"),
             k=self.linear(f"{name}.self_attn.k_proj"),
@@ -89,18 +64,7 @@ class _Loader:
 
     def head(self) -> Linear:
         name = "model.embed_tokens" if self._directory.shape.tied_embeddings else "lm_head"
-        return self._build(self.vector(name), None)
-
-
-def _check_shape(shape: ModelShape) -> None:
-    """The sums of docs/numerics.md need whole groups and lanes."""
-    sizes = {"hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size}
-    sizes["num_heads·head_dim"] = shape.num_heads * shape.head_dim
-    for key, size in sizes.items():
-        if size % GROUP:
-            raise ValueError(f"{key}={size} is not a multiple of {GROUP}; such models are not supported")
-    if shape.head_dim % LANES:
-        raise ValueError(f"head_dim={shape.head_dim} is not a multiple of {LANES}; such models are not supported")
+        return build_linear(self.vector(name), None, self._activations)
 
 
 class ReferenceBackend:
@@ -111,7 +75,7 @@ class ReferenceBackend:
             raise ValueError(f"activations={activations!r} is not supported; use {', '.join(get_args(Activations))}")
         self._directory = directory if isinstance(directory, ModelDirectory) else ModelDirectory.open(directory)
         self._shape = self._directory.shape
-        _check_shape(self._shape)
+        check_shape(self._shape)
         self.activations = activations
         loader = _Loader(self._directory, activations)
         self._layers = [loader.layer(index) for index in range(self._shape.num_layers)]
@@ -159,6 +123,56 @@ class ReferenceBackend:
             tokens.append(sample(logits, how, position=rows[row].position + 1, path=path, sample_index=index))
         return ForwardTokens(tokens, computed.taps)
 
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """A language model drafts from the text alone."""
+        return ()
+
+    def draft(
+        self,
+        sequence: int,
+        tokens: Sequence[int],
+        features: Float32 | None,
+        limits: TreeLimits,
+        sampling: SamplingParams,
+        sample_index: int = 0,
+    ) -> Draft:
+        """As of a DraftModel (deploy/runtime/drafters/base.py); where it raises, the cache is as it was."""
+        length = self.length(sequence)
+        fitted = fit_draft(tokens, features, limits, shape=self._shape, num_features=0, length=length)
+        start = length + len(tokens) - 1
+
+        def expand(tree: Sequence[tuple[int, int]], first: int) -> list[Candidates]:
+            rows: list[Row] = []
+            for token, parent in tree:
+                rows.append(Row(token, start if parent < 0 else rows[parent].position + 1, sequence, parent))
+            wanted = range(first, len(rows))
+            logits = self.forward(rows, logit_rows=wanted).logits
+            return [
+                candidates(
+                    logits[i],
+                    sampling,
+                    fitted.width,
+                    position=rows[row].position + 1,
+                    path=self._caches[sequence].path_tokens(row, rows),
+                    sample_index=sample_index,
+                )
+                for i, row in enumerate(wanted)
+            ]
+
+        try:
+            if len(tokens) > 1:
+                self.forward(
+                    [Row(token, length + i, sequence, i - 1) for i, token in enumerate(tokens[:-1])], logit_rows=[]
+                )
+                self.keep(sequence, range(len(tokens) - 1))
+            draft = grow(fitted, tokens[-1], expand)
+        except ValueError:
+            self.truncate(sequence, length)
+            raise
+        self.keep(sequence, [0])
+        return draft
+
     def forward(
         self, rows: Sequence[Row], taps: Sequence[int] = (), *, logit_rows: Sequence[int] | None = None
     ) -> Forward:
@@ -175,15 +189,15 @@ class ReferenceBackend:
             cache.begin(rows, sequence)
         final = np.empty((len(rows), self._shape.hidden_size), dtype=np.float32)
         tapped = {layer: np.empty_like(final) for layer in taps}
-        for begin in range(0, len(rows), _ROWS_AT_ONCE):
-            chunk = np.arange(begin, min(begin + _ROWS_AT_ONCE, len(rows)))
+        for begin in range(0, len(rows), ROWS_AT_ONCE):
+            chunk = np.arange(begin, min(begin + ROWS_AT_ONCE, len(rows)))
             final[chunk] = self._run_layers(chunk, tapped)
         wanted = final if logit_rows is None else final[list(logit_rows)]
         if len(wanted) == 0:
             return Forward(np.empty((0, self._shape.vocab_size), dtype=np.float32), tapped)
         return Forward(self._head(rms_norm(wanted, self._norm, self._shape.rms_norm_eps)), tapped)
 
-    def _embed(self, tokens: npt.NDArray[np.int64]) -> Float32:
+    def embed(self, tokens: npt.NDArray[np.int64]) -> Float32:
         """Rows of the embedding; where it is tied and the head is int8, the head's own int8 rows."""
         values = self._directory.rows_float32("model.embed_tokens.weight", tokens)
         if self._shape.tied_embeddings and self.activations == "int8":
@@ -193,41 +207,13 @@ class ReferenceBackend:
 
     def _run_layers(self, chunk: npt.NDArray[np.int64], tapped: dict[int, Float32]) -> Float32:
         """Residual stream after the last layer, [len(chunk), hidden]; fills caches and taps of these rows."""
-        rows = [self._rows[index] for index in chunk]
-        tables = rope_tables(self._shape, np.array([row.position for row in rows]))
-        x = self._embed(np.array([row.token for row in rows]))
-        eps = self._shape.rms_norm_eps
+        rows = {index: self._rows[index] for index in chunk.tolist()}
+        x = self.embed(np.array([row.token for row in rows.values()]))
         for index, layer in enumerate(self._layers):
             if index in tapped:
                 tapped[index][chunk] = x
-            x = x + layer.o(self._attention(index, layer, rms_norm(x, layer.input_norm, eps), chunk, tables))
-            h = rms_norm(x, layer.post_attention_norm, eps)
-            x = x + layer.down(silu32(layer.gate(h)) * layer.up(h))
+            h = rms_norm(x, layer.input_norm, self._shape.rms_norm_eps)
+            x = run_layer(self._shape, index, layer, x, h, rows, self._caches)
         if self._shape.num_layers in tapped:
             tapped[self._shape.num_layers][chunk] = x
         return x
-
-    def _attention(
-        self, index: int, layer: _Layer, h: Float32, chunk: npt.NDArray[np.int64], tables: tuple[Float32, Float32]
-    ) -> Float32:
-        shape, count = self._shape, len(chunk)
-        q = layer.q(h).reshape(count, shape.num_heads, shape.head_dim)
-        k = layer.k(h).reshape(count, shape.num_kv_heads, shape.head_dim)
-        v = layer.v(h).reshape(count, shape.num_kv_heads, shape.head_dim)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = rms_norm(q, layer.q_norm, shape.rms_norm_eps)
-            k = rms_norm(k, layer.k_norm, shape.rms_norm_eps)
-        q, k = rotate(q, *tables), rotate(k, *tables)
-        output = np.empty((count, shape.num_heads * shape.head_dim), dtype=np.float32)
-        of_row = np.array([self._rows[i].sequence for i in chunk])
-        for sequence in np.unique(of_row):
-            cache, mine = self._caches[int(sequence)], np.flatnonzero(of_row == sequence)
-            own = [cache.paths[int(chunk[i])] for i in mine]
-            slots = [path[-1] for path in own]
-            cache.keys[index, slots], cache.values[index, slots] = round_half(k[mine]), round_half(v[mine])
-            lengths = np.array([len(path) for path in own])
-            paths = np.zeros((len(own), int(lengths.max())), dtype=np.int64)
-            for i, path in enumerate(own):
-                paths[i, : len(path)] = path
-            output[mine] = attend(q[mine], cache.keys[index], cache.values[index], paths, lengths)
-        return output

@@ -140,7 +140,7 @@ def test_sequences_in_one_call_do_not_touch_each_other(backend, monkeypatch):
         mixed.append(Row(int(texts[sequence][cursors[sequence]]), cursors[sequence], sequence + 5, last[sequence]))
         last[sequence] = len(mixed) - 1
         cursors[sequence] += 1
-    monkeypatch.setattr(model_module, "_ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(model_module, "ROWS_AT_ONCE", 7)
     logits = backend.forward(mixed).logits
     for row, (sequence, position) in enumerate(where):
         assert np.array_equal(logits[row], alone[sequence][position])
