@@ -1,0 +1,112 @@
+"""Whether every way to decode gives plain decoding's tokens: all modes, many prompts, several samplings.
+
+    python -m benchmarks.identity BUNDLE --prompts FILE.jsonl [--limit 208] [--tokens 256] [--modes …] [--json OUT]
+
+Answers are made several at a time, so that drafts of several sequences share a forward with prompts being read; plain
+answers one at a time. Stop strings are taken from the plain answers, so that they do occur.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import fingerprint, write_json
+from deploy.formats.bundle import Bundle
+from deploy.runtime.generation import Generation, GenerationOptions, Request
+from deploy.runtime.modes import DrafterFactory, available_modes
+from deploy.runtime.prompts import read_prompts
+from deploy.runtime.sampling import SamplingParams
+from deploy.runtime.session import Session
+
+SAMPLINGS = {
+    "greedy": SamplingParams(),
+    "0.7": SamplingParams(0.7, seed=1),
+    "1.0": SamplingParams(1.0, seed=2),
+    "0.7, top-p 0.9, penalty 1.1": SamplingParams(0.7, top_p=0.9, repetition_penalty=1.1, seed=3),
+    "1.0, min-p 0.05": SamplingParams(1.0, min_p=0.05, seed=4),
+}
+IN_FLIGHT = 8
+
+
+def answer(session: Session, requests: list[Request], in_flight: int) -> list[Generation]:
+    found = dict(session.generate_many(requests, num_sequences=in_flight))
+    return [found[index] for index in range(len(requests))]
+
+
+def with_stops(requests: list[Request], answers: list[Generation]) -> list[Request]:
+    """Every second request ends at a piece of its own plain answer."""
+    stopped = []
+    for index, (request, plain) in enumerate(zip(requests, answers, strict=True)):
+        middle = len(plain.text) // 2
+        piece = plain.text[middle : middle + 4]
+        stop = (piece,) if index % 2 and piece.strip() else ()
+        stopped.append(replace(request, options=replace(request.options, stop=stop)))
+    return stopped
+
+
+def compare(session: Session, factory: DrafterFactory, modes: list[str], requests: list[Request]) -> dict[str, Any]:
+    """Mode → answers equal to plain ones (tokens, text and reason), and tokens a forward."""
+    session.use(factory.make("plain"))
+    plain = answer(session, requests, 1)
+    requests = with_stops(requests, plain)
+    expected = answer(session, requests, 1)
+    result: dict[str, Any] = {}
+    for mode in modes:
+        session.use(factory.make(mode))  # type: ignore[arg-type]
+        begin = time.perf_counter()
+        found = answer(session, requests, IN_FLIGHT)
+        same = sum(
+            (a.token_ids, a.text, a.finish_reason) == (b.token_ids, b.text, b.finish_reason)
+            for a, b in zip(found, expected, strict=True)
+        )
+        rounds = sum(a.speculation.rounds for a in found)
+        tokens = sum(len(a.token_ids) for a in found)
+        result[mode] = {
+            "same": same,
+            "total": len(found),
+            "tokens": tokens,
+            "tau": round(tokens / rounds, 3),
+            "seconds": round(time.perf_counter() - begin, 1),
+        }
+        print(f"    {mode:16}{same}/{len(found)} identical, {tokens} tokens, τ {tokens / rounds:.2f}", flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=208)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--modes", help="comma-separated; default: all that the bundle can do")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    bundle = Bundle.open(arguments.bundle)
+    session = Session.open(bundle)
+    factory = DrafterFactory(bundle, session.backend, "cpu", None)
+    wanted = arguments.modes.split(",") if arguments.modes else available_modes(bundle)
+    modes = [mode for mode in wanted if mode != "plain"]
+    records = read_prompts(arguments.prompts)[: arguments.limit]
+    room = session.backend.shape.context_length - arguments.tokens
+    prompts = [session.encode_chat([{"role": "user", "content": record.turns[0]}])[:room] for record in records]
+    result: dict[str, Any] = {"bundle": arguments.bundle.name, "prompts": len(prompts), "tokens": arguments.tokens}
+    result["samplings"] = {}
+    for name, sampling in SAMPLINGS.items():
+        print(f"{name}:", flush=True)
+        options = GenerationOptions(arguments.tokens, sampling)
+        requests = [Request(prompt, options) for prompt in prompts]
+        result["samplings"][name] = compare(session, factory, modes, requests)
+    result["machine"] = fingerprint(session.backend.runtime)  # type: ignore[attr-defined]
+    write_json(arguments.json, result)
+    all_found = [found for by_mode in result["samplings"].values() for found in by_mode.values()]
+    if any(found["same"] != found["total"] for found in all_found):
+        raise SystemExit("some answers differ from plain decoding's: a bug\n" + json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
