@@ -100,6 +100,39 @@ class Peer:
             times.append(self.forward([100] * count, context, list(range(count))) * 1e3)
         return times
 
+    def answer(self, tokens, count, ends):
+        """Greedy decoding: {"tokens", "prefill_s", "decode_s"}."""
+        return self.speculate(tokens, count, ends, lambda text, room: [])
+
+    def speculate(self, tokens, count, ends, draft):
+        """Greedy decoding where draft(text, room) proposes what follows; rows are verified in one call, as llama.cpp's
+        own speculative example does."""
+        self.forget(0)
+        begin = time.perf_counter()
+        for start in range(0, len(tokens), 512):
+            self.forward(tokens[start : start + 512], start, want_all=False)
+        text = [*tokens, int(self.logits(-1).argmax())]
+        prefilled, rounds, drafted = time.perf_counter(), 0, 0
+        limit = len(tokens) + count
+        while len(text) < limit and text[-1] not in ends:
+            proposed = draft(text, limit - len(text) - 1)
+            self.forget(len(text) - 1)
+            self.forward([text[-1], *proposed], len(text) - 1)
+            rounds, drafted = rounds + 1, drafted + len(proposed)
+            for i in range(len(proposed) + 1):
+                text.append(int(self.logits(i).argmax()))
+                if text[-1] in ends or i == len(proposed) or text[-1] != proposed[i]:
+                    break
+        spent = time.perf_counter() - prefilled
+        answer = text[len(tokens) :]
+        return {
+            "tokens": answer,
+            "prefill_s": prefilled - begin,
+            "decode_s": spent,
+            "rounds": rounds,
+            "drafted": drafted,
+        }
+
     def perplexity(self, sequences):
         nll, count = 0.0, 0
         for ids in sequences:
@@ -112,6 +145,51 @@ class Peer:
         return math.exp(nll / count)
 
 
+class NgramDrafts:
+    """What followed the last occurrence of the text's last n tokens, for the largest n of 4, 3, 2 that occurred."""
+
+    def __init__(self, num_drafted):
+        self.num_drafted, self.followers, self.num_read = num_drafted, {}, 1
+
+    def __call__(self, text, room):
+        for place in range(self.num_read, len(text)):
+            for length in (4, 3, 2):
+                if place >= length:
+                    self.followers[tuple(text[place - length : place])] = place
+        self.num_read = len(text)
+        for length in (4, 3, 2):
+            place = self.followers.get(tuple(text[-length:]))
+            if place is not None:
+                return text[place : place + min(self.num_drafted, room)]
+        return []
+
+
+class ModelDrafts:
+    """Greedy tokens of a smaller model, as long as it is sure enough of each."""
+
+    def __init__(self, model, num_drafted, p_min):
+        self.model, self.num_drafted, self.p_min = model, num_drafted, p_min
+        self.cached = []
+
+    def __call__(self, text, room):
+        shared = next((i for i, (a, b) in enumerate(zip(self.cached, text, strict=False)) if a != b), len(self.cached))
+        shared = min(shared, len(text) - 1)
+        self.model.forget(shared)
+        self.cached, pending, drafted = text[:shared], text[shared:], []
+        while len(drafted) < min(self.num_drafted, room):
+            for start in range(0, len(pending), 512):
+                part = pending[start : start + 512]
+                self.model.forward(part, len(self.cached), want_all=False)
+                self.cached = self.cached + part
+            logits = self.model.logits(-1)
+            best = int(logits.argmax())
+            if self.p_min > 0 and 1.0 / float(np.exp(logits - logits[best]).sum()) < self.p_min:
+                break
+            drafted.append(best)
+            pending = [best]
+        return drafted
+
+
 def to_q4_0(source: str, out: str, threads: int) -> None:
     how = lib.llama_model_quantize_default_params()
     how.ftype, how.allow_requantize, how.nthread = lib.LLAMA_FTYPE_MOSTLY_Q4_0, True, threads
@@ -122,7 +200,7 @@ def to_q4_0(source: str, out: str, threads: int) -> None:
 def main() -> None:
     lib.llama_log_set(_silent, ctypes.c_void_p(0))
     lib.llama_backend_init()
-    peer = None
+    peer = drafter = None
     for line in sys.stdin:
         command = json.loads(line)
         name = command.pop("do")
@@ -130,6 +208,14 @@ def main() -> None:
             answer = to_q4_0(**command)
         elif name == "open":
             peer, answer = Peer(**command), lib.llama_print_system_info().decode()
+        elif name == "open_drafter":
+            drafter, answer = Peer(**command), None
+        elif name == "answer_by_ngrams":
+            answer = peer.speculate(draft=NgramDrafts(command.pop("num_drafted")), **command)
+        elif name == "answer_by_model":
+            drafts = ModelDrafts(drafter, command.pop("num_drafted"), command.pop("p_min"))
+            drafter.forget(0)
+            answer = peer.speculate(draft=drafts, **command)
         else:
             answer = getattr(peer, name)(**command)
         sys.stdout.write(json.dumps(answer) + "\n")
