@@ -155,13 +155,25 @@ def training_record(**changes: Any) -> TrainingRecord:
 
 
 def write_head(
-    path: Path, target: ModelShape, owner: Owner, seed: int = 0, training: TrainingRecord | None = None, **choices: Any
+    path: Path,
+    target: ModelShape,
+    owner: Owner,
+    seed: int = 0,
+    training: TrainingRecord | None = None,
+    spread: float = 1.0,
+    **choices: Any,
 ) -> tuple[EagleConfig, dict[str, Any], Any]:
-    """A head of random weights and a random draft vocabulary; returns its configuration, weights and ids."""
+    """A head of random weights and a random draft vocabulary; returns its configuration, weights and ids.
+
+    spread: standard deviation of its matrices.
+    """
     rng = np.random.default_rng(seed)
     config = EagleConfig.for_target(target, **(HEAD | choices))
     sizes = {name: size for name, (dtype, size) in tensor_contract(config).items() if dtype == "BF16"}
-    weights = {name: rng.standard_normal(size).astype(np.float32) for name, size in sizes.items()}
+    weights = {
+        name: ((spread if len(size) == 2 else 1.0) * rng.standard_normal(size)).astype(np.float32)
+        for name, size in sizes.items()
+    }
     ids = np.sort(rng.choice(target.vocab_size, config.draft_vocab_size, replace=False)).astype(np.int64)
     write_eagle(path, config, weights, ids, owner, training or training_record())
     return config, weights, ids
@@ -180,11 +192,37 @@ def write_bundle_with_head(directory: Path, target: Quantized | None = None, **c
     return write_bundle(directory, target, components={"target": "target", "eagle-target": "eagle-target"})
 
 
+def plan_json() -> dict[str, Any]:
+    """plan.json of a bundle with a head, as if measured."""
+    plain = {
+        "tau": 1.0,
+        "survival": [],
+        "acceptance_by_position": [],
+        "nodes_per_round": 0.0,
+        "levels_per_round": 0.0,
+        "width": 1,
+        "draft_ms": 0.0,
+        "decode_tok_s": 500.0,
+        "predicted_tok_s": 510.0,
+    }
+    eagle = plain | {"tau": 1.7, "survival": [0.5, 0.2], "acceptance_by_position": [0.5, 0.4], "nodes_per_round": 2.0}
+    eagle |= {"levels_per_round": 2.0, "draft_ms": 0.3, "decode_tok_s": 700.0, "predicted_tok_s": 710.0}
+    costs = {
+        "version": 1,
+        "rows_ms": {"target": {"1": 2.0, "4": 2.4}},
+        "drafts": {"eagle-target": {"first_ms": 0.2, "level_ms": {"1": 0.1, "4": 0.2}}},
+    }
+    machine = {"cpu": "one", "family_model": "1/2", "cores": 2, "isa": "avx2", "threads": 2, "load_average": 0.1}
+    modes = {"plain": plain, "eagle": eagle}
+    return {"version": 1, "machine": machine, "costs": costs, "modes": modes, "choice": "eagle"}
+
+
 class Tiny:
     """Makers of tiny things."""
 
     HEAD = HEAD
     head = staticmethod(write_head)
+    plan = staticmethod(plan_json)
     training_record = staticmethod(training_record)
     bundle_with_head = staticmethod(write_bundle_with_head)
 

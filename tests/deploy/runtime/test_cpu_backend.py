@@ -7,21 +7,13 @@ import numpy as np
 import pytest
 
 from deploy.formats.errors import FormatError
-from deploy.kernels.cpu.library import ISAS, PHASES, supported_isas
+from deploy.kernels.cpu.library import PHASES
 from deploy.kernels.reference.model import ReferenceBackend
-from deploy.runtime.backend import Row
+from deploy.runtime.backend import Forward, Row
 from deploy.runtime.cpu_backend import CpuBackend
 from deploy.runtime.sampling import SamplingParams, sample
 
 VOCABULARY = 263
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    if request.param not in supported_isas():
-        pytest.skip(f"this machine does not have {request.param}")
-    monkeypatch.setenv("UNDERSTUDY_ISA", request.param)
-    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +256,76 @@ def test_reset_forgets_a_sequence_and_no_other(directory):
     backend.reset(12)
     assert (backend.length(0), backend.length(1), backend.length(2)) == (0, 3, 0)
     np.testing.assert_array_equal(backend.forward([Row(5, 0)]).logits, decode_path(backend, [], [5], 3))
+
+
+def forward_in_parts(backend, rows, ends, taps=()):
+    """Calls that continue each other; their logits and taps, joined."""
+    found, begin = [], 0
+    for end in ends:
+        found.append(backend.forward(rows[begin:end], taps, continues=begin > 0))
+        begin = end
+    return Forward(
+        np.concatenate([part.logits for part in found]),
+        {layer: np.concatenate([part.taps[layer] for part in found]) for layer in taps},
+    )
+
+
+def test_calls_that_continue_are_one_call(isa, directory):
+    """Trees of two sequences, cut anywhere."""
+    rng = np.random.default_rng(14)
+    backend = CpuBackend(directory, threads=2)
+    fill(backend, range(40), 0)
+    fill(backend, range(9), 1)
+    rows = random_tree(rng, 30, 40)
+    rows += random_tree(rng, 20, 9, sequence=1, offset=30)
+    expected = backend.forward(rows, taps=[1, 2])
+    for ends in ([7, 8, 29, 50], [30, 50], range(1, 51)):
+        assert_equal_forward(forward_in_parts(backend, rows, ends, [1, 2]), expected)
+    backend.forward(rows[:40], logit_rows=[])
+    last = backend.forward(rows[40:], logit_rows=[9, 0], continues=True)
+    np.testing.assert_array_equal(last.logits, expected.logits[[49, 40]])
+
+
+def test_a_path_over_several_calls_is_kept(directory):
+    backend, rng = CpuBackend(directory, threads=2), np.random.default_rng(15)
+    tokens = list(range(33))
+    fill(backend, tokens)
+    rows = random_tree(rng, 25, 33)
+    forward_in_parts(backend, rows, [3, 11, 25])
+    path = path_to(rows, 24)
+    backend.keep(0, path)
+    tokens += [rows[i].token for i in path]
+    assert backend.length(0) == len(tokens)
+    probe = backend.forward([Row(7, len(tokens))]).logits[0]
+    np.testing.assert_array_equal(probe, decode_path(backend, tokens, [7], 1)[0])
+
+
+def test_rows_that_were_kept_or_dropped_are_followed_no_more(directory):
+    backend = CpuBackend(directory)
+    backend.forward([Row(1, 0, 0), Row(2, 0, 1)])
+    backend.keep(0, [0])
+    with pytest.raises(ValueError, match=r"rows\[0\]\.parent=0 is neither an earlier row"):
+        backend.forward([Row(3, 1, 0, 0)], continues=True)
+    assert backend.forward([Row(3, 1, 0), Row(4, 1, 1, 1)], continues=True).logits.shape == (2, VOCABULARY)
+    backend.keep(1, [1, 3])
+    backend.keep(0, [2])
+    assert (backend.length(0), backend.length(1)) == (2, 2)
+    backend.forward([Row(5, 2)])
+    with pytest.raises(ValueError, match=r"rows\[0\]\.parent=1 is neither"):
+        backend.forward([Row(5, 3, 0, 1)], continues=True)
+    with pytest.raises(ValueError, match=r"rows\[0\]\.parent=0 belongs to another sequence"):
+        backend.forward([Row(5, 3, 1, 0)], continues=True)
+
+
+def test_a_penalty_follows_a_path_over_several_calls(isa, directory):
+    backend = CpuBackend(directory)
+    fill(backend, [5, 6])
+    rows, how = chain([7, 8, 9], 2), SamplingParams(repetition_penalty=50.0)
+    expected = backend.forward_tokens(rows, how).tokens
+    found = []
+    for i, row in enumerate(rows):
+        found += backend.forward_tokens([row], how, continues=i > 0).tokens
+    assert found == expected
 
 
 def test_only_the_rows_asked_for_get_logits(directory):

@@ -10,14 +10,8 @@
 
 namespace understudy {
 
-namespace {
-
-void refuse(bool is_wrong, const char* what) {
-  if (is_wrong) throw std::invalid_argument(what);
-}
-
 // The rows of one forward of a draft, and the candidates that it finds.
-struct Step {
+struct DraftStep {
   std::vector<int32_t> tokens, positions, parents;
   std::vector<int64_t> sequences, head_rows, candidates;
   std::vector<float> scores;
@@ -68,6 +62,18 @@ struct Step {
   }
 };
 
+namespace {
+
+void refuse(bool is_wrong, const char* what) {
+  if (is_wrong) throw std::invalid_argument(what);
+}
+
+std::vector<int32_t> first_rows(int32_t count) {
+  std::vector<int32_t> rows(static_cast<size_t>(count));
+  std::iota(rows.begin(), rows.end(), 0);
+  return rows;
+}
+
 }  // namespace
 
 void Model::check_draft(const us_draft& draft) const {
@@ -85,36 +91,19 @@ void Model::check_draft(const us_draft& draft) const {
   refuse(kept + draft.num_tokens + draft.depth - 1 > covered, "no rotary table for all positions");
 }
 
-// Reads the certain tokens and keeps all but the last pass's rows. Returns how many those are.
 int64_t Model::draft(const us_draft& draft) {
   std::lock_guard<std::mutex> lock(mutex_);
   check_draft(draft);
   Sequence& sequence = sequence_at(draft.sequence);
   const int32_t length_before = sequence.length();
-  const size_t width_of_features = static_cast<size_t>(shape_.num_features) * static_cast<size_t>(shape_.hidden_size);
-  Step step;
-  std::vector<int32_t> certain;
-  for (int64_t begin = 0; begin < draft.num_tokens;) {
-    const int64_t end = std::min<int64_t>(begin + kMaxRows, draft.num_tokens);
-    step.clear();
-    for (int64_t i = begin; i < end; ++i)
-      step.add(draft.tokens[i], length_before + static_cast<int32_t>(i), static_cast<int32_t>(i - begin) - 1);
-    const bool is_last = end == draft.num_tokens;
-    us_call call = step.call(draft, is_last ? 1 : 0);
-    if (draft.features) call.features = draft.features + static_cast<size_t>(begin) * width_of_features;
-    compute(call);
-    certain.resize(static_cast<size_t>(end - begin));
-    std::iota(certain.begin(), certain.end(), 0);
-    if (!is_last) keep_rows(sequence, certain.data(), end - begin);
-    begin = end;
-  }
+  DraftStep step;
   Tree tree(draft, runtime_->kernels);
-  const auto root = static_cast<int32_t>(certain.size()) - 1;
-  std::vector<int32_t> expanded = {-1};
+  const int32_t num_certain = read_certain(draft, sequence, step);
+  std::vector<int32_t> expanded = {-1};  // the text
   for (;;) {
     if (!step.is_finite(draft.width)) {
-      sequence.truncate(length_before);
       drop_all_provisional();
+      sequence.truncate(length_before);
       return -1;
     }
     for (size_t i = 0; i < expanded.size(); ++i) {
@@ -123,21 +112,43 @@ int64_t Model::draft(const us_draft& draft) {
     }
     if (!tree.end_level()) break;
     expanded = tree.expanded();
-    step.clear();
-    const auto first_row = static_cast<int32_t>(rows_.size());
-    for (size_t i = 0; i < expanded.size(); ++i) {
-      Tree::Node& node = tree.node(expanded[i]);
-      const int32_t parent = node.parent < 0 ? root : tree.node(node.parent).row;
-      node.row = first_row + static_cast<int32_t>(i);
-      step.add(node.token, rows_[static_cast<size_t>(parent)].position + 1, parent);
-    }
-    us_call call = step.call(draft, expanded.size());
-    call.continues = 1;
-    compute(call);
+    expand(draft, tree, num_certain - 1, step);
   }
-  keep_rows(sequence, certain.data(), static_cast<int64_t>(certain.size()));
+  keep_rows(sequence, first_rows(num_certain).data(), num_certain);
   drop_all_provisional();
   return tree.write(draft);
+}
+
+// Reads the certain tokens, and keeps the rows of all passes but the last. Returns how many rows that one has.
+int32_t Model::read_certain(const us_draft& draft, Sequence& sequence, DraftStep& step) {
+  const int64_t width = static_cast<int64_t>(shape_.num_features) * shape_.hidden_size;
+  for (int64_t begin = 0;;) {
+    const auto count = static_cast<int32_t>(std::min<int64_t>(kMaxRows, draft.num_tokens - begin));
+    const bool is_last = begin + count == draft.num_tokens;
+    step.clear();
+    for (int32_t i = 0; i < count; ++i) step.add(draft.tokens[begin + i], sequence.length() + i, i - 1);
+    us_call call = step.call(draft, is_last ? 1 : 0);
+    if (draft.features) call.features = draft.features + begin * width;
+    compute(call);
+    if (is_last) return count;
+    keep_rows(sequence, first_rows(count).data(), count);
+    begin += count;
+  }
+}
+
+// Computes the nodes that the tree wants expanded. root: the row of the text's last token.
+void Model::expand(const us_draft& draft, Tree& tree, int32_t root, DraftStep& step) {
+  step.clear();
+  auto row = static_cast<int32_t>(rows_.size());
+  for (const int32_t index : tree.expanded()) {
+    Tree::Node& node = tree.node(index);
+    const int32_t parent = node.parent < 0 ? root : tree.node(node.parent).row;
+    step.add(node.token, rows_[static_cast<size_t>(parent)].position + 1, parent);
+    node.row = row++;
+  }
+  us_call call = step.call(draft, tree.expanded().size());
+  call.continues = 1;
+  compute(call);
 }
 
 }  // namespace understudy

@@ -32,6 +32,8 @@ struct Embedding {
 };
 
 class Forward;
+class Tree;
+struct DraftStep;
 
 // A causal language model, or an EAGLE head over the states of another model.
 class Model {
@@ -71,6 +73,8 @@ class Model {
   void check_call(const us_call& call) const;
   void check_row(const us_call& call, int64_t index, int64_t first) const;
   void check_draft(const us_draft& draft) const;
+  int32_t read_certain(const us_draft& draft, Sequence& sequence, DraftStep& step);
+  void expand(const us_draft& draft, Tree& tree, int32_t root, DraftStep& step);
   void compute(const us_call& call);
   void lay_out_rows(const us_call& call);
   void place(RowPath& row, const RowPath* parent) const;
