@@ -15,6 +15,7 @@ from deploy.commands.bench import bench
 from deploy.commands.chat import chat
 from deploy.commands.generate import generate
 from deploy.commands.inspect import inspect
+from deploy.commands.tune import tune
 from deploy.commands.verify import verify
 
 app = typer.Typer(
@@ -24,7 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Run and examine bundles.",
 )
-for command in (generate, chat, bench, inspect, verify):
+for command in (generate, chat, bench, tune, inspect, verify):
     app.command()(command)
 
 

@@ -15,3 +15,9 @@ def _no_account(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test acts for the user who runs it."""
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "HF_TOKEN", "HYDRA_FULL_ERROR", "UNDERSTUDY_DEBUG"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test reads or writes what the user's runs have measured."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))

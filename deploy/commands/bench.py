@@ -1,30 +1,46 @@
-"""`deploy bench`: tokens per second on a prompts file, in the form that docs/bundle-format.md describes."""
+"""`deploy bench`: a bundle's modes on a prompts file, in the form that docs/bundle-format.md describes."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from deploy.commands import options as o
+from deploy.commands.bench_tables import show
 from deploy.formats.bundle import Bundle
+from deploy.runtime.backends import BackendName
+from deploy.runtime.benchmark import BenchRequest
+from deploy.runtime.benchmark import bench as measure
 from deploy.runtime.generation import GenerationOptions
-from deploy.runtime.machine import describe_machine
-from deploy.runtime.measure import answer_all, summarize, time_rows
+from deploy.runtime.modes import DrafterFactory, Mode, available_modes, require_mode
 from deploy.runtime.prompts import read_prompts
 from deploy.runtime.sampling import SamplingParams
 from deploy.runtime.session import Session
+from deploy.runtime.synthetic import parse_rates
 
 
 def bench(
     bundle: o.BundlePath,
     prompts: Annotated[Path, typer.Option(help='one {"prompt": …} or {"id", "category", "turns"} a line')],
+    modes: Annotated[
+        str | None,
+        typer.Option(help="e.g. plain,lookup,eagle; by default all that the bundle can do, with a reference plain"),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="passes over all prompts; times are their medians")] = 1,
+    synthetic: Annotated[
+        str | None,
+        typer.Option(
+            "--synthetic-acceptance",
+            help="also measure drafts that are right this often, e.g. 0.8,0.6,0.5 by position; never a mode's figure",
+        ),
+    ] = None,
     max_tokens: o.MaxTokens = 128,
     temperature: o.Temperature = 0.0,
     seed: o.Seed = 0,
@@ -33,38 +49,51 @@ def bench(
     threads: o.Threads = None,
     out: Annotated[Path | None, typer.Option("--json", help="write the result to this file")] = None,
 ) -> None:
-    """Measure the bundle's target on prompts."""
+    """Measure the bundle's modes on prompts; exit code 1 when one of them changed an answer."""
     records = read_prompts(prompts)[:limit]
+    rates = parse_rates(synthetic) if synthetic is not None else ()
     if out is not None:  # found out before the work, not after it
         if out.is_dir():
             raise ValueError(f"--json {out}: is a directory; name a file")
         out.parent.mkdir(parents=True, exist_ok=True)
     options = GenerationOptions(max_tokens, SamplingParams(temperature, seed=seed))
-    session = Session.open(Bundle.open(bundle), backend=backend, threads=threads)
-    result: dict[str, Any] = {
-        "machine": describe_machine(getattr(session.backend, "runtime", None)),
-        "bundle": bundle.name,
-        "rows_ms": {"target": time_rows(session.backend)},
-    }
-    num_answers = sum(len(record.turns) for record in records)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("answers", total=num_answers)
-        answers = answer_all(session, records, options, lambda: progress.advance(task))
-    result["modes"] = {"plain": summarize(answers)}
+    opened = Bundle.open(bundle)
+    chosen = _chosen_modes(modes, opened, backend)
+    session = Session.open(opened, backend=backend, threads=threads)
+    factory = DrafterFactory(opened, session.backend, backend, threads)
+    request = BenchRequest(chosen, records, options, repeats, rates)
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+
+        def begin(num_answers: int) -> Callable[[], None]:
+            task = progress.add_task("answers", total=num_answers)
+            return lambda: progress.advance(task)
+
+        result, _costs = measure(session, factory, request, begin)
+    result = {"machine": result.pop("machine"), "bundle": bundle.name, **result}
     if out is not None:
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    _show(result)
+    show(result)
+    _require_identical(result)
 
 
-def _show(result: dict[str, Any]) -> None:
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
-    times = ", ".join(f"{count}: {milliseconds:.2f}" for count, milliseconds in result["rows_ms"]["target"].items())
-    console.print(f"milliseconds by rows: {times}")
-    plain = result["modes"]["plain"]
-    table = Table("category", "decode tok/s", "end-to-end tok/s", "first token ms", "tokens")
-    for name, found in [*plain["by_category"].items(), ("all", plain)]:
-        cells = (found[key] for key in ("decode_tok_s", "e2e_tok_s", "ttft_ms", "tokens"))
-        table.add_row(name, *("" if cell is None else str(cell) for cell in cells))
-    console.print(table)
-    console.print(f"peak memory {plain['peak_rss_mb']} MB")
+def _chosen_modes(names: str | None, bundle: Bundle, backend: BackendName) -> tuple[Mode, ...]:
+    """Raises ValueError for an unknown mode, and for one that the bundle cannot do."""
+    can = available_modes(bundle)
+    if names is None and backend != "cpu":
+        return ("plain",)
+    if names is None or names == "all":
+        return (*(mode for mode in can if mode != "auto"), "auto")
+    chosen = tuple(require_mode(name.strip()) for name in names.split(","))
+    for mode in chosen:
+        if mode not in can:
+            raise ValueError(f"mode={mode!r}: {bundle.path} lacks models for it; it can: {', '.join(can)}")
+    return chosen
+
+
+def _require_identical(result: dict[str, Any]) -> None:
+    for name, found in [*result["modes"].items(), *result.get("synthetic", {"modes": {}})["modes"].items()]:
+        counted = found["identical_to_plain"]
+        if counted["same"] != counted["total"]:
+            wrong = counted["total"] - counted["same"]
+            typer.echo(f"{name} changed {wrong} of {counted['total']} answers: this is a bug of the runtime", err=True)
+            raise typer.Exit(1)

@@ -7,9 +7,10 @@ import sys
 import typer
 
 from deploy.commands import options as o
-from deploy.commands.terminal import stats_line, write
-from deploy.formats.bundle import Bundle
-from deploy.runtime.generation import GenerationOptions
+from deploy.commands.opening import chosen_mode, draft_options, open_session
+from deploy.commands.terminal import speculation_line, stats_line, write
+from deploy.runtime.generation import Generation, GenerationOptions
+from deploy.runtime.modes import Mode
 from deploy.runtime.sampling import SamplingParams
 from deploy.runtime.session import Session
 
@@ -26,6 +27,11 @@ def chat(
     min_p: o.MinP = 0.0,
     repetition_penalty: o.RepetitionPenalty = 1.0,
     seed: o.Seed = 0,
+    mode: o.Mode = None,
+    depth: o.Depth = None,
+    width: o.Width = None,
+    nodes: o.Nodes = None,
+    min_draft_length: o.MinDraftLength = None,
     backend: o.Backend = "cpu",
     threads: o.Threads = None,
     stats: o.Stats = False,
@@ -33,7 +39,9 @@ def chat(
     """Talk with the bundle's target. A line is a turn; /new starts over, /quit or the end of input leaves."""
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     options = GenerationOptions(max_tokens, sampling)
-    session = Session.open(Bundle.open(bundle), backend=backend, threads=threads)
+    decoding = chosen_mode(mode, backend)
+    drafts = draft_options(depth, width, nodes, min_draft_length)
+    session = open_session(bundle, decoding, drafts, backend, threads)
     opening = [{"role": "system", "content": system}] if system is not None else []
     messages = list(opening)
     while (line := _read_line()) not in (None, "/quit"):
@@ -41,21 +49,27 @@ def chat(
             messages = list(opening)
         elif line:
             messages.append({"role": "user", "content": line})
-            _answer(session, messages, options, has_stats=stats)
+            result = _answer(session, messages, options)
+            if stats and result is not None:
+                _show_stats(decoding, result)
 
 
-def _answer(session: Session, messages: list[dict[str, str]], options: GenerationOptions, *, has_stats: bool) -> None:
+def _answer(session: Session, messages: list[dict[str, str]], options: GenerationOptions) -> Generation | None:
     """Answers the last message and appends the answer; a turn that does not fit the context is taken back."""
     try:
         result = session.generate(session.encode_chat(messages), options, write)
     except ValueError as error:
         messages.pop()
         typer.echo(f"error: {error}", err=True)
-        return
+        return None
     write("\n")
     messages.append({"role": "assistant", "content": result.text})
-    if has_stats:
-        typer.echo(stats_line(result), err=True)
+    return result
+
+
+def _show_stats(mode: Mode, result: Generation) -> None:
+    typer.echo(stats_line(result), err=True)
+    typer.echo(speculation_line(mode, result), err=True)
 
 
 def _read_line() -> str | None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from deploy.commands import options as o
-from deploy.commands.terminal import stats_line, write
-from deploy.formats.bundle import Bundle
+from deploy.commands.opening import chosen_mode, draft_options, open_session
+from deploy.commands.terminal import speculation_line, stats_line, write
 from deploy.runtime.generation import Generation, GenerationOptions
+from deploy.runtime.measure import after_prompts, speculation_json
+from deploy.runtime.modes import Mode
 from deploy.runtime.sampling import SamplingParams
-from deploy.runtime.session import Session
 
 
 def generate(
@@ -28,6 +29,11 @@ def generate(
     repetition_penalty: o.RepetitionPenalty = 1.0,
     seed: o.Seed = 0,
     stop: o.Stop = None,
+    mode: o.Mode = None,
+    depth: o.Depth = None,
+    width: o.Width = None,
+    nodes: o.Nodes = None,
+    min_draft_length: o.MinDraftLength = None,
     backend: o.Backend = "cpu",
     threads: o.Threads = None,
     stats: o.Stats = False,
@@ -38,26 +44,28 @@ def generate(
         raise ValueError("--system needs the chat template; leave out --raw or --system")
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     options = GenerationOptions(max_tokens, sampling, tuple(stop or ()))
-    session = Session.open(Bundle.open(bundle), backend=backend, threads=threads)
+    decoding = chosen_mode(mode, backend)
+    drafts = draft_options(depth, width, nodes, min_draft_length)
+    session = open_session(bundle, decoding, drafts, backend, threads)
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
     tokens = session.encode_raw(prompt) if raw else session.encode_chat(messages)
     result = session.generate(tokens, options, None if as_json else write)
-    write(_as_json(result) + "\n" if as_json else "\n")
+    write(_as_json(result, decoding) + "\n" if as_json else "\n")
     if stats:
         typer.echo(stats_line(result), err=True)
+        typer.echo(speculation_line(decoding, result), err=True)
 
 
-def _as_json(result: Generation) -> str:
-    return json.dumps(
-        {
-            "text": result.text,
-            "token_ids": list(result.token_ids),
-            "finish_reason": result.finish_reason,
-            "prompt_tokens": result.num_prompt_tokens,
-            "completion_tokens": len(result.token_ids),
-            "prefill_seconds": round(result.prefill_seconds, 4),
-            "decode_seconds": round(result.decode_seconds, 4),
-        },
-        ensure_ascii=False,
-    )
+def _as_json(result: Generation, mode: Mode) -> str:
+    content: dict[str, Any] = {
+        "text": result.text,
+        "token_ids": list(result.token_ids),
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": result.num_prompt_tokens,
+        "completion_tokens": len(result.token_ids),
+        "prefill_seconds": round(result.prefill_seconds, 4),
+        "decode_seconds": round(result.decode_seconds, 4),
+        "speculation": {"mode": mode, **speculation_json(after_prompts(result.speculation, 1))},
+    }
+    return json.dumps(content, ensure_ascii=False)

@@ -12,9 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.commands import options as o
+from deploy.commands.bench_tables import table
 from deploy.formats.bundle import Bundle, Manifest
 from deploy.formats.components import Component, Drafter
 from deploy.kernels.cpu.library import describe_choice
+from deploy.runtime.modes import available_modes
+from deploy.runtime.plan_file import PlanFile, read_plan_file
 
 
 def inspect(
@@ -22,7 +25,8 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="The manifest as it is.")] = False,
 ) -> None:
     """Show what a bundle holds (models, precision, sizes, quality, licence, provenance) and what would run it."""
-    manifest = Bundle.open(bundle).manifest
+    opened = Bundle.open(bundle)
+    manifest = opened.manifest
     if as_json:
         typer.echo((bundle / "manifest.json").read_text(encoding="utf-8"), nl=False)
         return
@@ -31,16 +35,32 @@ def inspect(
     facts = [("licence", manifest.licence), ("files", f"{len(manifest.files)}, {total / 1e6:.1f} MB")]
     facts.append(("extensions", ", ".join(manifest.extensions) or "none"))
     facts.append(("chat template", manifest.chat_template[:16]))
+    facts.append(("modes", ", ".join(available_modes(opened))))
     facts.append(("runtime", _runtime()))
     console.print(_facts(manifest.name, facts))
     target_bytes = next(item.num_bytes for item in manifest.components if item.role == "target")
     for item in manifest.components:
         rows = _model_facts(item) if item.drafter is None else _drafter_facts(item, item.drafter, target_bytes)
         console.print(_facts(f"{item.role} ({item.path}/)", rows))
+    plan = read_plan_file(opened)
+    if plan is not None:
+        console.print(_plan_table(plan))
     if manifest.quality:
         console.print(_quality_table(manifest))
     if manifest.provenance:
         console.print(_facts("Provenance", _provenance_facts(manifest.provenance)))
+
+
+def _plan_table(plan: PlanFile) -> Table:
+    """What each mode gave where the plan was made; `deploy tune` and `deploy bench` say what it is here."""
+    machine = plan.machine
+    where = f"{machine.get('cpu')}, {machine.get('isa')}, {machine.get('threads')} threads"
+    made = table(f"Plan, as measured on {where}", "mode", "tok/s", "predicted", "τ", "accepted up to each position")
+    for mode, found in plan.modes.items():
+        name = f"{mode} (fastest)" if mode == plan.choice else mode
+        cells = (_format(found.get(key)) for key in ("decode_tok_s", "predicted_tok_s", "tau"))
+        made.add_row(name, *cells, " / ".join(map(_format, found.get("survival") or ())))
+    return made
 
 
 def _model_facts(item: Component) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from deploy.runtime.backends import BackendName
+from deploy.runtime.modes import MODES
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="the bundle's directory")]
 System = Annotated[str | None, typer.Option(help="the system message")]
@@ -22,3 +23,16 @@ Stop = Annotated[list[str] | None, typer.Option(help="text that ends the answer;
 Stats = Annotated[bool, typer.Option("--stats", help="counts and times, on stderr")]
 Backend = Annotated[BackendName, typer.Option(help="what computes; the references are slow and define the numbers")]
 Threads = Annotated[int | None, typer.Option(help="default: what the process may use")]
+Mode = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODE",
+        help=f"who drafts: {', '.join(MODES)}; the text is the same with all. By default auto, with a reference plain",
+    ),
+]
+Depth = Annotated[int | None, typer.Option(help="levels of a draft; of a lookup or a chain its tokens")]
+Width = Annotated[int | None, typer.Option(help="nodes of a draft's level that are expanded; 1 drafts a chain")]
+Nodes = Annotated[int | None, typer.Option(help="nodes of a draft at most")]
+MinDraftLength = Annotated[
+    int | None, typer.Option("--min-draft-length", help="cascades: tokens that the intermediate model writes at least")
+]

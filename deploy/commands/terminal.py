@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 
 from deploy.runtime.generation import Generation
+from deploy.runtime.measure import after_prompts
+from deploy.runtime.modes import Mode
 
 
 def write(text: str) -> None:
@@ -20,4 +22,14 @@ def stats_line(result: Generation) -> str:
     return (
         f"prompt {result.num_prompt_tokens} tokens{cached} in {result.prefill_seconds:.2f} s; "
         f"answer {count} tokens in {result.decode_seconds:.2f} s{rate}; ended by {result.finish_reason}"
+    )
+
+
+def speculation_line(mode: Mode, result: Generation) -> str:
+    """What the drafts came to, after the forward that read the prompt."""
+    counts = after_prompts(result.speculation, 1)
+    shares = " / ".join(f"{share:.2f}" for share in counts.acceptance_by_position) or "nothing drafted"
+    return (
+        f"mode {mode}: {counts.rounds} rounds, τ {counts.tau:.2f}; acceptance by position {shares}; "
+        f"{counts.draft_seconds:.2f} s in drafts, {counts.verify_seconds:.2f} s in verification"
     )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 
 from deploy.formats.bundle import MANIFEST, Bundle, sha256_file
-from deploy.formats.errors import BundleError
-from deploy.runtime.costs import Costs, cache_path, measure_drafts, measure_rows, read_costs, write_costs
+from deploy.runtime.costs import CONTEXT, Costs, cache_path, measure_drafts, measure_rows, read_costs, write_costs
 from deploy.runtime.drafters.auto import AutoDrafter, Candidate
 from deploy.runtime.drafters.base import DraftModel
 from deploy.runtime.drafters.lookup import LookupDrafter
@@ -16,9 +14,9 @@ from deploy.runtime.drafters.model import EagleDrafter
 from deploy.runtime.machine import describe_device
 from deploy.runtime.modes import DrafterFactory, Mode, available_modes
 from deploy.runtime.plan import Expectation, chain_limits, lookup_expectation, round_ms
+from deploy.runtime.plan_file import read_plan_file
 
 _logger = logging.getLogger(__name__)
-PLAN = "plan.json"
 DRAFTING_MODEL: dict[Mode, str] = {
     "chain": "intermediate",
     "eagle": "eagle-target",
@@ -26,6 +24,8 @@ DRAFTING_MODEL: dict[Mode, str] = {
     "opt-tree": "eagle-target",
 }
 """Whose levels a mode's drafts are; a cascade's are of several models."""
+_DRAFT_ROOM = 32
+"""Tokens of a short context that are left for the drafts that are timed."""
 _LOOKUP_TOKENS = 6
 _SHORTEST, _LONGEST = 2, 4
 
@@ -52,28 +52,23 @@ def measure_costs(factory: DrafterFactory) -> Costs:
     rows, drafts = {"target": measure_rows(factory.target)}, {}
     roles = {component.role for component in factory.bundle.manifest.components}
     shape = factory.target.shape
+    context = max(1, min(CONTEXT, shape.context_length - _DRAFT_ROOM))
     if "intermediate" in roles:
         model = factory.language_model("intermediate")
         rows["intermediate"] = measure_rows(model)
         assert isinstance(model, DraftModel)
-        drafts["intermediate"] = measure_drafts(model, model.shape.hidden_size, shape.vocab_size)
+        drafts["intermediate"] = measure_drafts(model, model.shape.hidden_size, shape.vocab_size, context=context)
     for role, above in (("eagle-target", "target"), ("eagle-intermediate", "intermediate")):
         if role in roles:
             hidden_size = (shape if above == "target" else factory.language_model(above).shape).hidden_size
-            drafts[role] = measure_drafts(factory.head(role), hidden_size, shape.vocab_size)
+            drafts[role] = measure_drafts(factory.head(role), hidden_size, shape.vocab_size, context=context)
     return Costs(rows, drafts)
 
 
 def read_plan(bundle: Bundle) -> dict[Mode, Expectation]:
     """What the bundle's plan says of each mode; empty where it has none. Raises BundleError for a malformed one."""
-    path = bundle.path / PLAN
-    if PLAN not in bundle.manifest.files:
-        return {}
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        return {mode: Expectation.from_json(found) for mode, found in raw["modes"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{path}: is not a plan as docs/bundle-format.md describes it ({error!r})") from error
+    found = read_plan_file(bundle)
+    return {} if found is None else found.expectations()
 
 
 def auto_drafter(factory: DrafterFactory, costs: Costs) -> AutoDrafter:

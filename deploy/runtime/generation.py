@@ -112,6 +112,11 @@ class Stream:
         self._num_prompt, self._max_tokens = len(self.path), request.options.max_tokens
         self._start, self._prefilled = time.perf_counter(), 0.0
 
+    @property
+    def is_answering(self) -> bool:
+        """Whether the prompt has been read: the answer has its first token."""
+        return bool(self._prefilled)
+
     def job(self, drafter: Drafter, num_rows: int) -> Job:
         """The next rows, at most `num_rows` of them the text's: a part of the prompt, or what is left with a draft."""
         pending = self.path[self.num_kept : self.num_kept + num_rows]
@@ -183,9 +188,10 @@ def step(backend: Backend, drafter: Drafter, streams: Sequence[Stream], eos: fro
     seconds = time.perf_counter() - begin
     for stream, job, found in zip(streams, jobs, verified, strict=True):
         drafter.commit(stream.sequence, found.computed, found.features)
+        share = seconds / len(streams) if stream.is_answering else 0.0
         num_emitted = stream.take(found, eos)
         if found.tokens:
-            stream.speculation.count(job.draft, len(found.tokens) - 1, num_emitted, seconds / len(streams))
+            stream.speculation.count(job.draft, len(found.tokens) - 1, num_emitted, share)
         if stream.num_kept >= len(stream.path):  # the answer ended within the draft
             stream.num_kept = go_back(backend, drafter, stream.sequence, len(stream.path) - 1)
 

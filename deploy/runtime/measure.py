@@ -1,45 +1,24 @@
-"""What a bundle does per second on a set of prompts, and what a forward costs by its number of rows."""
+"""What answers say of the way in which they were made: rates, counts of drafts, and where a round's time went."""
 
 from __future__ import annotations
 
-import resource
 import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-from deploy.runtime.backend import SEQUENCE_END, Backend, Row
 from deploy.runtime.generation import Generation, GenerationOptions
 from deploy.runtime.prompts import PromptRecord
-from deploy.runtime.sampling import SamplingParams
 from deploy.runtime.session import Session
-
-ROW_COUNTS = (1, 2, 4, 6, 8, 12, 16)
-CONTEXT, REPEATS = 128, 15
+from deploy.runtime.speculation import Speculation
 
 
-def time_rows(backend: Backend) -> dict[str, float]:
-    """Number of rows → median milliseconds of a forward that continues 128 tokens by a chain of that many.
+class Answer(NamedTuple):
+    """prompt: its token ids, those of earlier turns included."""
 
-    Where the model's context is shorter, it continues as many as leave room for the longest chain.
-    """
-    sequence, greedy, shape = 0, SamplingParams(), backend.shape
-    context = max(1, min(CONTEXT, shape.context_length - max(ROW_COUNTS)))
-    backend.reset(sequence)
-    backend.forward(_chain(0, context, shape.vocab_size), logit_rows=[])
-    backend.keep(sequence, range(context))
-    found = {}
-    for count in ROW_COUNTS:
-        if context + count > shape.context_length:
-            break
-        rows, times = _chain(context, count, shape.vocab_size), []
-        for _ in range(REPEATS):
-            begin = time.perf_counter()
-            backend.forward_tokens(rows, greedy)
-            times.append((time.perf_counter() - begin) * 1e3)
-        found[str(count)] = round(statistics.median(times), 4)
-    backend.reset(sequence)
-    return found
+    record: PromptRecord
+    prompt: tuple[int, ...]
+    result: Generation
 
 
 def answer_all(
@@ -47,7 +26,7 @@ def answer_all(
     records: Iterable[PromptRecord],
     options: GenerationOptions,
     on_answer: Callable[[], None] = lambda: None,
-) -> list[tuple[PromptRecord, Generation]]:
+) -> list[Answer]:
     """Every turn of every record answered in order, each conversation from the start.
 
     Raises ValueError naming the record whose conversation does not fit the context.
@@ -55,48 +34,93 @@ def answer_all(
     answers = []
     for record in records:
         messages: list[dict[str, str]] = []
-        for turn in record.turns:
-            messages.append({"role": "user", "content": turn})
+        for turn in record.turns or (None,):
+            if turn is not None:
+                messages.append({"role": "user", "content": turn})
+            prompt = record.token_ids if turn is None else tuple(session.encode_chat(messages))
             try:
-                result = session.generate(session.encode_chat(messages), options)
+                result = session.generate(prompt, options)
             except ValueError as error:
                 raise ValueError(f"prompt {record.identity!r}: {error}") from error
             messages.append({"role": "assistant", "content": result.text})
-            answers.append((record, result))
+            answers.append(Answer(record, prompt, result))
             on_answer()
     return answers
 
 
-def summarize(answers: Sequence[tuple[PromptRecord, Generation]]) -> dict[str, Any]:
-    """Rates over all answers, and by category.
-
-    decode_tok_s: tokens after the first of each answer, per second of decoding; e2e_tok_s: all tokens per second,
-    prompts' prefill included; ttft_ms: median time to the first token.
-    """
-    whole = _rates([result for _record, result in answers])
-    categories = dict.fromkeys(record.category for record, _result in answers)
-    by_category = {
-        category: _rates([result for record, result in answers if record.category == category])
-        for category in categories
-    }
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-    return {**whole, "peak_rss_mb": round(peak_mb, 1), "by_category": by_category}
+def after_prompts(counts: Speculation, num_answers: int) -> Speculation:
+    """The rounds behind the first one of each answer, which reads the prompt and for which nothing is drafted."""
+    return replace(counts, rounds=counts.rounds - num_answers, emitted=counts.emitted - num_answers)
 
 
-def _rates(results: Sequence[Generation]) -> dict[str, Any]:
-    tokens = sum(len(result.token_ids) for result in results)
-    decode, prefill = (
-        sum(getattr(result, f"{phase}_seconds") for result in results) for phase in ("decode", "prefill")
-    )
-    decoded = tokens - len(results)
+def survival(counts: Speculation) -> tuple[float, ...]:
+    """Share of rounds whose drafts were accepted up to each place."""
+    return tuple(accepted / counts.rounds for accepted in counts.accepted) if counts.rounds else ()
+
+
+def speculation_json(counts: Speculation) -> dict[str, Any]:
+    """What drafts came to, as `generate --json` tells it."""
     return {
-        "decode_tok_s": round(decoded / decode, 2) if decoded else None,
-        "e2e_tok_s": round(tokens / (decode + prefill), 2),
-        "ttft_ms": round(statistics.median(result.prefill_seconds for result in results) * 1e3, 2),
-        "rounds": tokens,
+        "rounds": counts.rounds,
+        **acceptance_json(counts),
+        "draft_seconds": round(counts.draft_seconds, 4),
+        "verify_seconds": round(counts.verify_seconds, 4),
+    }
+
+
+def acceptance_json(counts: Speculation) -> dict[str, Any]:
+    """Ratios that do not depend on how many answers there were."""
+    rounds = max(counts.rounds, 1)
+    return {
+        "tau": round(counts.tau, 4),
+        "acceptance_by_position": [round(share, 4) for share in counts.acceptance_by_position],
+        "survival": [round(share, 4) for share in survival(counts)],
+        "nodes_per_round": round(counts.drafted / rounds, 4),
+        "levels_per_round": round(counts.levels / rounds, 4),
+    }
+
+
+def counts_of(passes: Sequence[Sequence[Generation]]) -> Speculation:
+    """All drafts of all passes, the forwards that read prompts left out."""
+    results = [result for one in passes for result in one]
+    return after_prompts(Speculation.total(result.speculation for result in results), len(results))
+
+
+def rates(passes: Sequence[Sequence[Generation]]) -> dict[str, Any]:
+    """passes: the same answers in each, one after another; an answer's times are the medians over the passes.
+
+    decode_tok_s: tokens after the first of each answer, per second of decoding. e2e_tok_s: all tokens per second, the
+    reading of prompts by every model included (the drafting ones read them in the first round). ttft_ms: median time
+    to the first token. rounds, tokens: of one pass (its mean, where passes differ).
+    """
+    answers = list(zip(*passes, strict=True))
+    decode = [statistics.median(result.decode_seconds for result in same) for same in answers]
+    prefill = [statistics.median(result.prefill_seconds for result in same) for same in answers]
+    tokens = sum(len(result.token_ids) for result in passes[0])
+    decoded = tokens - len(answers)
+    num_rounds = sum(result.speculation.rounds for one in passes for result in one) / len(passes)
+    return {
+        "decode_tok_s": round(decoded / sum(decode), 2) if decoded else None,
+        "e2e_tok_s": round(tokens / (sum(decode) + sum(prefill)), 2),
+        "ttft_ms": round(statistics.median(prefill) * 1e3, 2),
+        "rounds": round(num_rounds),
         "tokens": tokens,
     }
 
 
-def _chain(start: int, count: int, vocab_size: int) -> list[Row]:
-    return [Row((100 + i) % vocab_size, start + i, 0, i - 1 if i else SEQUENCE_END) for i in range(count)]
+def round_parts(passes: Sequence[Sequence[Generation]]) -> dict[str, float] | None:
+    """Mean milliseconds of a round by part: the draft, the forward that verifies it, and all else (text, copying
+    states to a head, the loop itself); None where no round followed a prompt's."""
+    counts = counts_of(passes)
+    if not counts.rounds:
+        return None
+    seconds = sum(result.decode_seconds for one in passes for result in one)
+    other = max(seconds - counts.draft_seconds - counts.verify_seconds, 0.0)
+    parts = {"draft": counts.draft_seconds, "verify": counts.verify_seconds, "other": other}
+    return {name: round(1e3 * spent / counts.rounds, 4) for name, spent in parts.items()}
+
+
+def count_identical(passes: Sequence[Sequence[Generation]], plain: Sequence[Generation]) -> dict[str, int]:
+    """How many answers have the tokens of the target alone."""
+    pairs = [(result, expected) for one in passes for result, expected in zip(one, plain, strict=True)]
+    return {"same": sum(a.token_ids == b.token_ids for a, b in pairs), "total": len(pairs)}

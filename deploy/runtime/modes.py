@@ -31,6 +31,14 @@ NEEDS: dict[Mode, tuple[str, ...]] = {
 """The bundle's components that a mode cannot do without."""
 
 
+def require_mode(name: str) -> Mode:
+    """`name` as a mode. Raises ValueError for an unknown one."""
+    for mode in MODES:
+        if mode == name:
+            return mode
+    raise ValueError(f"mode={name!r} is not known; use {', '.join(MODES)}")
+
+
 @dataclass(frozen=True)
 class DraftOptions:
     """Sizes of drafts; None takes the mode's own. depth, width, num_nodes: as in TreeLimits; of a cascade they shape

@@ -9,11 +9,15 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """One conversation's user turns. identity: the record's id, or its line number."""
+    """One conversation's user turns, or in their place a text to be continued, as token ids.
+
+    identity: the record's id, or its line number.
+    """
 
     identity: str
     category: str
     turns: tuple[str, ...]
+    token_ids: tuple[int, ...] = ()
 
 
 def read_prompts(path: Path) -> list[PromptRecord]:

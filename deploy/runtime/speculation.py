@@ -15,7 +15,8 @@ class Speculation:
     rounds: forwards of the target that gave tokens. emitted: tokens that they gave. drafted: nodes of all drafts;
     levels: their depths.
     reached[j]: rounds whose draft had a token at place j and whose tokens before it were accepted; accepted[j]: those
-    where it was accepted too. draft_seconds, verify_seconds: wall time of the two parts of these rounds.
+    where it was accepted too. draft_seconds, verify_seconds: wall time of the two parts of these rounds, the reading of
+    the prompt left out.
     """
 
     rounds: int = 0

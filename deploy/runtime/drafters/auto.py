@@ -99,6 +99,11 @@ class AutoDrafter:
         self._rounds: dict[int, _Round] = {}
         self.choices: dict[str, int] = dict.fromkeys(self._candidates, 0)
 
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """As they were given."""
+        return tuple(self._candidates.values())
+
     def begin(self, sequence: int, length: int) -> int:
         """All of them go on from the same token: from the earliest that one of them wants."""
         before = length + 1

@@ -1,0 +1,57 @@
+"""`deploy tune`: what this machine takes for a bundle's forwards and drafts, and what mode auto makes of it."""
+
+from __future__ import annotations
+
+from deploy.commands import options as o
+from deploy.commands.bench_tables import rows_table, table, wide_console
+from deploy.formats.bundle import MANIFEST, Bundle, sha256_file
+from deploy.runtime.auto_mode import auto_drafter, machine_costs
+from deploy.runtime.costs import DRAFT_WIDTHS, Costs, cache_path
+from deploy.runtime.drafters.auto import Candidate
+from deploy.runtime.machine import describe_device
+from deploy.runtime.modes import DrafterFactory
+from deploy.runtime.session import Session
+
+
+def tune(bundle: o.BundlePath, threads: o.Threads = None) -> None:
+    """Measure again what decides mode auto's choices, keep it in the user's cache and show it."""
+    opened = Bundle.open(bundle)
+    session = Session.open(opened, threads=threads)
+    factory = DrafterFactory(opened, session.backend, "cpu", threads)
+    costs = machine_costs(factory, is_fresh=True)
+    console = wide_console()
+    console.print(rows_table(costs.rows_ms))
+    if costs.drafts:
+        console.print(_drafts_table(costs))
+    console.print(_candidates_table(auto_drafter(factory, costs).candidates))
+    path = cache_path(sha256_file(opened.path / MANIFEST), describe_device(session.backend))
+    console.print(f"kept in {path}" if path.is_file() else "not kept: the cache cannot be written")
+
+
+def _drafts_table(costs: Costs) -> object:
+    columns = ["first level", *(f"each further one of {width}" for width in DRAFT_WIDTHS)]
+    made = table("Milliseconds of a draft", "model", *columns)
+    for name, cost in costs.drafts.items():
+        levels = (cost.milliseconds(2, width) - cost.first_ms for width in DRAFT_WIDTHS)
+        made.add_row(name, f"{cost.first_ms:.3f}", *(f"{level:.3f}" for level in levels))
+    return made
+
+
+def _candidates_table(candidates: tuple[Candidate, ...]) -> object:
+    made = table("Candidates of mode auto, as predicted", "candidate", "tok/s", "x plain", "τ", "round ms", "sizes")
+    plain = next(found for found in candidates if found.name == "plain")
+    for found in candidates:
+        rate, alone = (1e3 * each.tokens / each.milliseconds for each in (found, plain))
+        numbers = (f"{rate:.1f}", f"{rate / alone:.2f}x", f"{found.tokens:.2f}", f"{found.milliseconds:.2f}")
+        made.add_row(found.name, *numbers, _sizes(found))
+    return made
+
+
+def _sizes(candidate: Candidate) -> str:
+    limits = candidate.limits or getattr(candidate.drafter, "limits", None)
+    if candidate.match_length is not None:
+        return f"where the last {candidate.match_length} tokens occurred before"
+    if limits is None:
+        return ""
+    sizes = f"depth {limits.depth}, width {limits.width}, nodes {limits.num_nodes}"
+    return f"{sizes}, while likelier than {limits.min_probability:.2f}" if limits.min_probability else sizes

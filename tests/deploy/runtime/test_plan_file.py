@@ -1,0 +1,103 @@
+"""plan.json: read as it was written, or refused in one line."""
+
+import json
+
+import pytest
+
+from deploy.formats.bundle import Bundle
+from deploy.formats.errors import BundleError
+from deploy.runtime.auto_mode import auto_drafter, read_plan
+from deploy.runtime.costs import Costs
+from deploy.runtime.modes import DrafterFactory
+from deploy.runtime.plan_file import make_plan, read_plan_file
+from deploy.runtime.session import Session
+
+
+@pytest.fixture
+def planned(tmp_path, tiny):
+    def make(content):
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / "plan.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        return Bundle.open(tiny.bundle_with_head(tmp_path / "b"))
+
+    return make
+
+
+def test_a_plan_is_read_as_it_is(planned, tiny):
+    found = read_plan_file(planned(tiny.plan()))
+    assert found.choice == "eagle"
+    assert found.costs.forward_ms("target", 1) == 2.0
+    expected = found.expectations()["eagle"]
+    assert (expected.tokens, expected.nodes, expected.levels, expected.draft_ms) == (1.7, 2.0, 2.0, 0.3)
+
+
+def test_a_bundle_without_a_plan_has_none(tmp_path, tiny):
+    bundle = Bundle.open(tiny.bundle(tmp_path / "b"))
+    assert read_plan_file(bundle) is None
+    assert read_plan(bundle) == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 2},
+        {"version": None},
+        {"machine": 3},
+        {"costs": {}},
+        {"costs": {"version": 1, "rows_ms": 7, "drafts": {}}},
+        {"modes": []},
+        {"modes": {"plain": {}}},
+        {"modes": {"dance": {"tau": 1}}, "choice": "dance"},
+        {"modes": {"plain": {"tau": "fast", "nodes_per_round": 0, "levels_per_round": 0, "width": 1}}},
+        {"choice": "chain"},
+        {"choice": ["eagle"]},
+    ],
+)
+def test_a_malformed_plan_is_refused_naming_the_file(planned, tiny, change):
+    bundle = planned(tiny.plan() | change)
+    with pytest.raises(BundleError, match=r"plan\.json: "):
+        read_plan(bundle)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '"x"', "[" * 100_000])
+def test_what_is_no_object_is_refused(planned, content):
+    with pytest.raises(BundleError, match=r"plan\.json: is not a plan"):
+        read_plan_file(planned(content))
+
+
+def test_a_malformed_plan_stops_mode_auto_and_no_other(planned):
+    bundle = planned("{}")
+    Session.open(bundle, mode="eagle")
+    with pytest.raises(BundleError, match=r"plan\.json"):
+        Session.open(bundle, mode="auto")
+
+
+def test_what_was_measured_becomes_a_candidate_of_auto(planned, tiny):
+    plan = tiny.plan()
+    plan["modes"]["eagle-tree"] = plan["modes"]["eagle"] | {"width": 3}
+    bundle = planned(plan)
+    session = Session.open(bundle)
+    drafter = auto_drafter(DrafterFactory(bundle, session.backend, "cpu", None), Costs.from_json(plan["costs"]))
+    assert [found.name for found in drafter.candidates if found.limits] == ["eagle", "eagle-tree"]
+
+
+def test_a_measurement_becomes_a_plan_with_the_fastest_mode_as_its_choice():
+    found = {
+        "tau": 1.5,
+        "survival": [0.5],
+        "acceptance_by_position": [0.5],
+        "nodes_per_round": 1.0,
+        "levels_per_round": 1.0,
+        "width": 1,
+        "predicted_tok_s": 9.0,
+        "round_ms": {"draft": 0.4, "verify": 2.0, "other": 0.1},
+        "e2e_tok_s": 1.0,
+    }
+    modes = {"plain": found | {"decode_tok_s": None, "round_ms": None}, "eagle": found | {"decode_tok_s": 8.0}}
+    costs = Costs({"target": {1: 2.0}}, {})
+    plan = make_plan({"machine": {"cpu": "x"}, "modes": modes}, costs)
+    assert (plan["version"], plan["machine"], plan["choice"]) == (1, {"cpu": "x"}, "eagle")
+    assert plan["costs"] == costs.to_json()
+    assert plan["modes"]["eagle"]["draft_ms"] == 0.4
+    assert plan["modes"]["plain"]["draft_ms"] is None
+    assert "e2e_tok_s" not in plan["modes"]["eagle"]
