@@ -133,7 +133,7 @@ class CpuModel:
         self._forget_rows()
         count = native().us_model_draft(self.handle, ctypes.byref(call))
         if count == -1:
-            raise ValueError(not_finite(end))
+            raise ValueError(not_finite(end + (1 if self._num_features else 0)))  # or of what follows
         if count < 0:
             raise RuntimeError(native_error())
         self._lengths[sequence] = end

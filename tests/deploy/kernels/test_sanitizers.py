@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-NATIVE = ("tests/deploy/kernels/cpu", "tests/deploy/runtime/test_cpu_backend.py")
+NATIVE = (
+    "tests/deploy/kernels/cpu",
+    "tests/deploy/runtime/test_cpu_backend.py",
+    "tests/deploy/runtime/test_cpu_eagle.py",
+    "tests/deploy/runtime/test_draft.py",
+)
 HOSTILE = ("tests/deploy/runtime/test_hostile_bundles.py",)
 FAULTS = ("AddressSanitizer:", "ThreadSanitizer:", "runtime error:")
 
@@ -118,4 +123,4 @@ def test_a_memory_error_would_be_found(memory):
 
 
 def test_the_pools_threads_do_not_race(races):
-    races.test(*NATIVE, "-k", "threads or tree or sequences or sizes or chunks or pass")
+    races.test(*NATIVE, "-k", "threads or tree or sequences or sizes or chunks or pass or pieces")
