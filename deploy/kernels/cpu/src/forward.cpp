@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "rounding.h"
 
@@ -17,6 +18,20 @@ constexpr int32_t kHeadRows = 64;  // rows of the head computed together
 template <class T>
 void grow(Buffer<T>& buffer, size_t size) {
   if (buffer.size() < size) buffer.resize(size);
+}
+
+// Rows of one sequence share the reading of its cache, which costs about as much as one row's attention; too large a
+// group leaves threads idle. So: the size whose slowest thread has least to do.
+int32_t choose_group_rows(int32_t rows, int32_t heads, int32_t threads) {
+  int32_t best = 1, least = std::numeric_limits<int32_t>::max();
+  for (int32_t size = 1; size <= std::min(rows, kMostGroupRows); ++size) {
+    const int32_t items = (rows + size - 1) / size * heads;
+    const int32_t longest = (items + threads - 1) / threads * (size + 1);
+    if (longest > least) continue;
+    best = size;
+    least = longest;
+  }
+  return best;
 }
 
 }  // namespace
@@ -70,9 +85,7 @@ void Forward::begin_rows(int64_t begin, int64_t end) {
   num_rows_ = static_cast<int32_t>(end - begin);
   rotates_first_ = false;
   for (int64_t i = begin; i < end; ++i) rotates_first_ |= call_->parents[i] >= first_ + begin;
-  // Rows share work in groups, as long as there is enough for all threads.
-  const int32_t enough = 4 * model_.runtime_->pool.threads();
-  group_rows_ = std::clamp(num_rows_ * shape_.num_kv_heads / enough, 1, kMostGroupRows);
+  group_rows_ = choose_group_rows(num_rows_, shape_.num_kv_heads, model_.runtime_->pool.threads());
   num_groups_ = (num_rows_ + group_rows_ - 1) / group_rows_;
   grow(x_, static_cast<size_t>(is_head_ ? first_ + end : end - begin) * static_cast<size_t>(shape_.hidden_size));
   grow(qkv_, product(num_rows_, num_q_ + 2 * num_kv_));
