@@ -4,8 +4,8 @@
 
 Milliseconds of one draft behind `--context` tokens, Python around it included: right after another draft, whose weights
 are still in the cache, and after a forward of the target, which has taken their place, as in decoding. A step is what
-one more level costs. The roofline is the time in which all threads together merely read a step's weights, from a
-buffer of their size.
+one more level costs; trees stop where a level adds nothing, so deep levels of wide ones may cost less. The roofline is
+the time in which all threads together merely read a step's weights, from a buffer of their size.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 // The best tokens of a row and what they are worth: the candidates of docs/numerics.md.
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <numeric>
 
@@ -27,7 +26,6 @@ int32_t Sampler::candidates(const float* logits, int32_t n, const us_sampling& h
     num_values = static_cast<int32_t>(kept_.size());
     largest = kernels_.find_maximum(values, num_values).maximum;
   }
-  if (!std::isfinite(largest)) return 0;
   count = std::min(count, num_values);
   find_best(values, num_values, largest, count);
   for (int32_t i = 0; i < count; ++i) {

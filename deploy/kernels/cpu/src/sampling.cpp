@@ -23,7 +23,7 @@ int64_t Sampler::choose(const float* logits, int32_t n, const us_sampling& how, 
   return id_of(sample(how, position));
 }
 
-// Penalty and temperature. Returns false where a logit is not finite.
+// Penalty and temperature. Returns false where a logit is not finite, or the largest no longer.
 bool Sampler::begin(const float* logits, int32_t n, const us_sampling& how, const std::vector<int32_t>& path,
                     const int64_t* ids) {
   n_ = n;
@@ -40,7 +40,7 @@ bool Sampler::begin(const float* logits, int32_t n, const us_sampling& how, cons
   if (how.temperature != 0) kernels_.divide(z, static_cast<float>(how.temperature), n, z);
   largest_ = kernels_.find_maximum(z, n).maximum;
   z_ = z;
-  return true;
+  return std::isfinite(largest_);  // dividing can overflow
 }
 
 int32_t Sampler::first_largest() const {

@@ -130,7 +130,8 @@ US_API us_model* us_model_create(us_runtime*, const us_shape*);
 US_API void us_model_destroy(us_model*);
 /* which: 0 q, 1 k, 2 v, 3 o, 4 gate, 5 up, 6 down, 7 what turns features into the state (heads) */
 US_API int us_model_set_linear(us_model*, int32_t layer, int32_t which, const us_weights*);
-/* which: 0 input norm, 1 post-attention norm, 2 q norm, 3 k norm, 4 norm of the state (heads); layer -1: the final norm */
+/* which: 0 input norm, 1 post-attention norm, 2 q norm, 3 k norm, 4 norm of the state (heads); layer -1: the final
+ * norm */
 US_API int us_model_set_norm(us_model*, int32_t layer, int32_t which, const float* values, int64_t count);
 /* What gives logits. ids: the tokens of its outputs, ascending, where its vocabulary is trimmed; else NULL. */
 US_API int us_model_set_head(us_model*, const us_weights*, const int64_t* ids);
@@ -146,7 +147,8 @@ US_API int us_model_add_rope(us_model*, const float* cosine, const float* sine, 
 US_API int64_t us_model_weight_bytes(const us_model*);
 US_API int64_t us_model_cache_bytes(const us_model*);
 
-/* A row follows `parent`, or what its sequence's cache holds. Drops all rows that were not kept, unless it continues. */
+/* A row follows `parent`, or what its sequence's cache holds. Drops all rows that were not kept, unless the call
+ * continues. */
 US_API int us_model_forward(us_model*, const us_call*);
 /* How many nodes were drafted; -1: a logit is not finite; -2: an error. Either leaves the cache as it was. Drops all
  * rows that were not kept. */

@@ -78,6 +78,13 @@ def test_logits_that_are_not_finite_are_refused(runtime, bad):
         sample_native(runtime, logits, SamplingParams(), position=4)
 
 
+@pytest.mark.parametrize("params", [{"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {}], ids=str)
+def test_logits_that_a_low_temperature_makes_infinite_are_refused(runtime, params):
+    logits = np.array([3e38, 2e38, 1e38, -3e38] * 9, dtype=np.float32)
+    with pytest.raises(ValueError, match="position 4 are not finite"):
+        sample_native(runtime, logits, SamplingParams(temperature=0.5, **params), position=4)
+
+
 def test_frequencies_follow_the_distribution(runtime):
     """χ² of 20 000 samples against softmax over the survivors of top-k, 9 degrees of freedom."""
     logits = np.linspace(-1, 1.5, 40).astype(np.float32)
