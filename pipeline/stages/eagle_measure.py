@@ -15,8 +15,8 @@ from deploy.formats.model_dir import ModelDirectory
 from deploy.formats.speculators import EMBEDDING, write_eagle
 from pipeline.stages.served_form import as_served, served_bytes, served_matrix
 from train.eagle.head import EagleHead
-from train.eagle.rollout import Acceptance as Replay
 from train.eagle.rollout import HeldOut
+from train.replay import Acceptance as Replay
 from train.vocabulary import VocabularyChoice, best_choice, keep_most_frequent, mbsu
 
 Ids = npt.NDArray[np.int64]

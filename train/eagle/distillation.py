@@ -1,19 +1,18 @@
-"""Soft cross-entropy of the head against the target, over the draft vocabulary, without ever holding all logits.
+"""Soft cross-entropy of a drafter against the target, over the draft vocabulary, a slice of logits at a time.
 
     loss = Σ_i w_i · −Σ_v p_i(v) log q_i(v),     d loss / d logits_i = w_i (q_i − p_i)        (Σ_v p_i(v) = 1)
 
-The gradient needs nothing that the loss does not, so both come from one pass in which a slice of logits is computed
-once, becomes its own gradient in place, and is forgotten (Liger-Kernel's fused linear cross-entropy, arXiv 2410.10989,
-section 3.2). Drafts of one token by different steps have the same target distribution: they lie side by side, and it is
-computed once for all of them.
+Drafts of one token by different steps have the same target distribution: they lie side by side, and it is computed
+once for all of them.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from train.eagle.elementwise import rms_normalize
+from train.sliced_head import head_loss
 
 ROWS_PER_SLICE = 640
 """Rows of logits at once: enough for products to run at full speed, and 20 MB with a vocabulary of 8192."""
@@ -62,48 +61,14 @@ class Scores(NamedTuple):
 
 def distill(drafts: Drafts, lm_head: Tensor, teacher: Teacher) -> Scores:
     """Scores of `drafts`; `loss` is differentiable with respect to their states and lm_head [D, H]."""
-    states, *rest = drafts
-    return Scores(*_Distillation.apply(states, lm_head, *rest, teacher))
 
+    def score(part: slice, logits: Tensor) -> Tensor:
+        tokens, which = drafts.token[part].unique_consecutive(return_inverse=True)
+        teacher_logits = teacher.logits(drafts.teacher_states[tokens])
+        return _score_and_differentiate(logits, teacher_logits, which, drafts.weight[part])
 
-class _Distillation(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        states: Tensor,
-        lm_head: Tensor,
-        teacher_states: Tensor,
-        token: Tensor,
-        weight: Tensor,
-        teacher: Teacher,
-    ) -> Any:
-        device = states.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else lm_head.dtype
-        matrix = lm_head.to(dtype)
-        needs_grad = any(ctx.needs_input_grad)
-        grad_states = torch.empty_like(states) if needs_grad else None
-        grad_lm_head = torch.zeros_like(lm_head) if needs_grad else None
-        sums = states.new_zeros(3, dtype=torch.promote_types(lm_head.dtype, torch.float32))
-        buffer = states.new_empty(min(ROWS_PER_SLICE, len(states)), len(lm_head), dtype=dtype)
-        for begin in range(0, len(states), ROWS_PER_SLICE):
-            part = slice(begin, begin + ROWS_PER_SLICE)
-            state = states[part].to(dtype)
-            logits = torch.mm(state, matrix.t(), out=buffer[: len(state)])
-            tokens, which = token[part].unique_consecutive(return_inverse=True)
-            sums += _score_and_differentiate(logits, teacher.logits(teacher_states[tokens]), which, weight[part])
-            if grad_states is not None and grad_lm_head is not None:
-                weighted = weight[part, None].to(dtype)
-                grad_states[part] = torch.mm(logits, matrix) * weighted
-                _add_product(grad_lm_head, logits.t(), state * weighted)
-        ctx.save_for_backward(grad_states, grad_lm_head)
-        loss, cross_entropy, agreement = (total.clone() for total in sums)
-        ctx.mark_non_differentiable(cross_entropy, agreement)
-        return loss, cross_entropy, agreement
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
-        grad_states, grad_lm_head = ctx.saved_tensors
-        return grad_states * grad_loss, grad_lm_head * grad_loss, None, None, None, None
+    sums = head_loss(drafts.states, lm_head, score, num_sums=3, rows_per_slice=ROWS_PER_SLICE, weight=drafts.weight)
+    return Scores(*sums)
 
 
 def _score_and_differentiate(logits: Tensor, teacher_logits: Tensor, which: Tensor, weight: Tensor) -> Tensor:
@@ -121,11 +86,3 @@ def _score_and_differentiate(logits: Tensor, teacher_logits: Tensor, which: Tens
         sums += torch.stack([cross_entropy @ weight[block].to(target.dtype), cross_entropy.sum(), agreement.sum()])
         logits[block] = log_draft.exp_().sub_(target)
     return sums
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in place where the types allow it."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += torch.mm(left, right)

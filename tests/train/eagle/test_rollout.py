@@ -11,9 +11,10 @@ from torch.nn.functional import cross_entropy, linear, rms_norm, silu
 
 from train.eagle.chains import find_chains
 from train.eagle.head import EagleHead
-from train.eagle.rollout import Acceptance, HeldOut
+from train.eagle.rollout import HeldOut
 from train.eagle.rope import rope_tables
 from train.eagle.unroll import unroll
+from train.replay import Acceptance
 
 
 class NoisyFeatures:
