@@ -14,7 +14,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from pipeline.stages import eagle_schema, generate_schema
+from pipeline.stages import eagle_schema, evaluate_schema, generate_schema
 from pipeline.stages import schema as stages
 
 
@@ -65,6 +65,7 @@ class Config:
     quality: Any = MISSING
     generate: Any = MISSING
     eagle: Any = MISSING
+    evaluate: Any = MISSING
     tracking: TrackingConfig = MISSING
 
 
@@ -73,5 +74,5 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="config_schema", node=Config)
     store.store(group="tracking", name="tracking_schema", node=TrackingConfig)
-    for schemas in (stages, generate_schema, eagle_schema):
+    for schemas in (stages, generate_schema, eagle_schema, evaluate_schema):
         schemas.register()

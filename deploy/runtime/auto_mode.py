@@ -71,9 +71,16 @@ def read_plan(bundle: Bundle) -> dict[Mode, Expectation]:
     return {} if found is None else found.expectations()
 
 
-def auto_drafter(factory: DrafterFactory, costs: Costs) -> AutoDrafter:
-    """All that the bundle can do, "plain" included; of several uses of the intermediate the most promising one."""
-    measured, bundle = read_plan(factory.bundle), factory.bundle
+def auto_drafter(
+    factory: DrafterFactory, costs: Costs, measured: Mapping[Mode, Expectation] | None = None
+) -> AutoDrafter:
+    """All that the bundle can do, "plain" included; of several uses of the intermediate the most promising one.
+
+    measured: what the modes' rounds are like; None: what the bundle's plan says.
+    """
+    bundle = factory.bundle
+    if measured is None:
+        measured = read_plan(bundle)
     modes = available_modes(bundle)
     candidates = [Candidate("plain", factory.make("plain"), 1.0, costs.forward_ms("target", 1))]
     candidates += _lookups(costs, measured)

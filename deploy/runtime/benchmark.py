@@ -37,7 +37,9 @@ NO_DRAFTER = "none"
 class BenchRequest:
     """modes: in the order of the result; "plain" is measured in any case. repeats: passes over all prompts.
 
-    synthetic: acceptance by position given that of the positions before; empty: no synthetic drafts.
+    synthetic: acceptance by position given that of the positions before; empty: no synthetic drafts. costs: of the
+    bundle's models here; None: measured before the first answer. expected: what mode auto is to know of the others;
+    None: what the bundle's plan says.
     """
 
     modes: Sequence[Mode]
@@ -45,6 +47,8 @@ class BenchRequest:
     options: GenerationOptions
     repeats: int = 1
     synthetic: Sequence[float] = ()
+    costs: Costs | None = None
+    expected: Mapping[Mode, Expectation] | None = None
 
 
 def bench(
@@ -56,8 +60,8 @@ def bench(
     for a mode that the bundle lacks models for, and for a record whose conversation does not fit the context.
     """
     machine = describe_machine(getattr(session.backend, "runtime", None))
-    costs = costs_for(factory, request.modes)
-    entries = make_entries(factory, request.modes, costs)
+    costs = request.costs or costs_for(factory, request.modes)
+    entries = make_entries(factory, request.modes, costs, request.expected)
     seed = request.options.sampling.seed
     synthetic = make_synthetic(factory, request.modes, request.synthetic, seed) if request.synthetic else []
     num_turns = sum(max(len(record.turns), 1) for record in request.records)
@@ -119,11 +123,13 @@ def costs_for(factory: DrafterFactory, modes: Sequence[Mode]) -> Costs:
     return Costs({"target": measure_rows(factory.target)}, {})
 
 
-def make_entries(factory: DrafterFactory, modes: Sequence[Mode], costs: Costs) -> list[Entry]:
+def make_entries(
+    factory: DrafterFactory, modes: Sequence[Mode], costs: Costs, expected: Mapping[Mode, Expectation] | None = None
+) -> list[Entry]:
     """One for each mode, "plain" first in any case. Raises ValueError for a mode that the bundle lacks models for."""
     entries = []
     for mode in dict.fromkeys(("plain", *modes)):
-        drafter = auto_drafter(factory, costs) if mode == "auto" else factory.make(mode)
+        drafter = auto_drafter(factory, costs, expected) if mode == "auto" else factory.make(mode)
         names = drafter.choices if isinstance(drafter, AutoDrafter) else (mode,)
         roles = dict.fromkeys(role for name, needs in NEEDS.items() if name in names for role in needs)
         entries.append(Entry(mode, drafter, DRAFTING_MODEL.get(mode), _models(factory, roles)))

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from pipeline.report import drafter
+from pipeline.report import drafter, evaluation
 from pipeline.report.drafter import DrafterFacts
 from pipeline.report.plots import acceptance_bars, bars_by_group, curve
 from pipeline.report.quality_table import QualityRow, as_markdown, caption, cells
@@ -23,7 +23,8 @@ class Facts:
     """What both documents tell. rows: the source first, then the bundle's own method, then what it is compared with.
 
     source, stats: `source.json` and `stats.json` of the stages; method: the quantize config; samples: counts by
-    group and split; examples: one sample of each group; provenance: pretty-printed JSON; drafter: where there is one.
+    group and split; examples: one sample of each group; provenance: pretty-printed JSON; drafter: where there is one;
+    evaluation: `evaluate.json`, where the bundle was evaluated.
     """
 
     name: str
@@ -35,12 +36,15 @@ class Facts:
     examples: Sequence[dict[str, str]]
     provenance: str
     drafter: DrafterFacts | None = None
+    evaluation: dict[str, Any] | None = None
 
 
 def model_card(facts: Facts) -> str:
     """README.md of the bundle, Markdown with a hub's front matter."""
     template = _environment(is_html=False).get_template("card.md.jinja")
-    return template.render(**_common(facts), table=as_markdown(facts.rows), bits=facts.stats["bits_per_weight"])
+    speed = evaluation.as_markdown(facts.evaluation) if facts.evaluation else ""
+    bits = facts.stats["bits_per_weight"]
+    return template.render(**_common(facts), table=as_markdown(facts.rows), bits=bits, speed_table=speed)
 
 
 def html_report(facts: Facts) -> str:
@@ -57,6 +61,8 @@ def html_report(facts: Facts) -> str:
         drafter_rows=drafter.rows(facts.drafter) if facts.drafter else [],
         drafter_plots=[Markup(plot) for plot in _drafter_plots(facts.drafter)] if facts.drafter else [],
         drafter_example=facts.drafter.example if facts.drafter else [],
+        speed_table=evaluation.cells(facts.evaluation) if facts.evaluation else [],
+        speed_plots=[Markup(plot) for plot in evaluation.plots(facts.evaluation)] if facts.evaluation else [],
     )
 
 
@@ -82,6 +88,8 @@ def _common(facts: Facts) -> dict[str, Any]:
         "float_minima": facts.stats["float_minima"],
         "twin": bool(facts.method.get("twin")),
         "caption": caption(facts.rows),
+        "speed_caption": evaluation.caption(facts.evaluation) if facts.evaluation else "",
+        "speed_lines": evaluation.summary_lines(facts.evaluation) if facts.evaluation else [],
         "drafter_line": _drafter_line(facts.drafter) if facts.drafter else "",
     }
 

@@ -22,8 +22,40 @@ def bars_by_group(rows: Sequence[QualityRow], metric: str, *, skip_first: bool =
 def acceptance_bars(shares: Mapping[str, Sequence[float]], title: str) -> str:
     """An SVG element: for each drafted position one bar per entry of `shares` (label → share by position)."""
     positions = [str(position + 1) for position in range(len(next(iter(shares.values()))))]
-    series = [(colour, label, list(values)) for colour, (label, values) in enumerate(shares.items())]
-    return _svg(lambda axes, plt: _bars(axes, plt, positions, series), title)
+    return grouped_bars(positions, shares, title)
+
+
+def grouped_bars(groups: Sequence[str], values: Mapping[str, Sequence[float]], title: str) -> str:
+    """An SVG element: for each group one bar per entry of `values` (label → a value per group)."""
+    series = [(colour, label, list(found)) for colour, (label, found) in enumerate(values.items())]
+    return _svg(lambda axes, plt: _bars(axes, plt, groups, series), title)
+
+
+def stacked_bars(groups: Sequence[str], parts: Mapping[str, Sequence[float]], title: str) -> str:
+    """An SVG element: for each group one bar, made of the parts (label → a value per group) from below."""
+
+    def draw(axes: Any, plt: Any) -> None:
+        below = [0.0] * len(groups)
+        for colour, (label, values) in enumerate(parts.items()):
+            axes.bar(range(len(groups)), values, 0.6, bottom=below, label=label, color=plt.colormaps["tab20"](colour))
+            below = [bottom + value for bottom, value in zip(below, values, strict=True)]
+        axes.set_xticks(range(len(groups)), groups)
+        _legend(axes, len(parts))
+
+    return _svg(draw, title)
+
+
+def lines(curves: Mapping[str, Sequence[tuple[float, float]]], title: str, *, x_label: str) -> str:
+    """An SVG element: one line of marked points (x, y) per entry of `curves`, from zero upwards."""
+
+    def draw(axes: Any, _plt: Any) -> None:
+        for label, points in curves.items():
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=label)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel(x_label, fontsize=8)
+        axes.legend(frameon=False, fontsize=8)
+
+    return _svg(draw, title)
 
 
 def curve(points: Sequence[tuple[float, float]], title: str, *, x_label: str) -> str:
@@ -43,7 +75,11 @@ def _bars(axes: Any, plt: Any, groups: Sequence[str], series: Sequence[tuple[int
         places = [group + (place - (len(series) - 1) / 2) * width for group in range(len(groups))]
         axes.bar(places, values, width, label=label, color=plt.colormaps["tab20"](colour % 20))
     axes.set_xticks(range(len(groups)), groups)
-    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=min(len(series), 5))
+    _legend(axes, len(series))
+
+
+def _legend(axes: Any, num_labels: int) -> None:
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=min(num_labels, 5))
 
 
 def _svg(draw: Callable[[Any, Any], None], title: str) -> str:

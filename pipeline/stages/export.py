@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 from pipeline.graph import BuildContext
 from pipeline.manifest import Manifest
 from pipeline.report.drafter import summary_line as drafter_line
+from pipeline.report.evaluation import summary_lines as speed_lines
 from pipeline.report.quality_table import QualityRow, as_text, caption
+from pipeline.stages.assemble import assemble
 from pipeline.stages.calibrate import SAMPLES
+from pipeline.stages.evaluate import PLAN, RESULT
 from pipeline.stages.export_drafter import ROLE as DRAFTER
-from pipeline.stages.export_drafter import add_drafter
+from pipeline.stages.export_drafter import drafter_facts
 
 if TYPE_CHECKING:
+    from pipeline.report.documents import Facts
     from pipeline.report.drafter import DrafterFacts
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 EXAMPLE_CHARACTERS = 1200
 
 
@@ -29,23 +32,15 @@ def build(context: BuildContext) -> None:
     from deploy.formats.bundle import write_manifest
 
     bundle = context.out / "bundle"
-    quantized = context.inputs["quantize"]
-    for name in TOKENIZER_FILES:
-        _copy(context.inputs["target"] / "model" / name, bundle / name)
-    components = {"target": "target"}
-    _copy_directory(quantized / "model", bundle / "target")
-    if (quantized / "twin").is_dir():
-        components["target-w4a16"] = "target-w4a16"
-        _copy_directory(quantized / "twin", bundle / "target-w4a16")
-    drafter = None
-    if DRAFTER in context.inputs:
-        components[DRAFTER] = DRAFTER
-        drafter = add_drafter(context, bundle)
+    components = assemble(context.inputs, bundle)
+    drafter = drafter_facts(context, bundle) if DRAFTER in context.inputs else None
+    evaluation = _evaluation(context, bundle)
     rows = quality_rows(context)
-    stats = _read_json(quantized / "stats.json")
+    stats = _read_json(context.inputs["quantize"] / "stats.json")
     source = _read_json(context.inputs["target"] / "source.json")
     provenance = _provenance(context, source)
-    _write_documents(context, bundle, rows, stats, source, provenance, drafter)
+    facts = _facts(context, rows, stats, source, provenance, drafter=drafter, evaluation=evaluation)
+    _write_documents(bundle, facts)
     write_manifest(
         bundle,
         name=context.config["name"],
@@ -59,6 +54,9 @@ def build(context: BuildContext) -> None:
     context.summary["table"] = [*as_text(rows), caption(rows)]
     if drafter is not None:
         context.summary["table"] += ["", drafter_line(drafter.role, drafter.training.served, drafter.num_bytes)]
+    if evaluation is not None:
+        context.summary["table"] += ["", *speed_lines(evaluation)]
+        context.summary["is_reproducible"] = False
     figures = {f"{row.label}/{key}": value for row in rows for key, value in row.as_dict().items()}
     context.tracker.summary(context.stage, {key: value for key, value in figures.items() if isinstance(value, float)})
 
@@ -114,18 +112,29 @@ def quality_rows(context: BuildContext) -> list[QualityRow]:
     return rows
 
 
-def _write_documents(
+def _evaluation(context: BuildContext, bundle: Path) -> dict[str, Any] | None:
+    """What evaluate measured, whose plan goes into the bundle; None where it was left out."""
+    if "evaluate" not in context.inputs:
+        return None
+    shutil.copyfile(context.inputs["evaluate"] / PLAN, bundle / PLAN)
+    found = _read_json(context.inputs["evaluate"] / RESULT)
+    assert isinstance(found, dict)
+    return found
+
+
+def _facts(
     context: BuildContext,
-    bundle: Path,
     rows: list[QualityRow],
     stats: dict[str, Any],
     source: dict[str, Any],
     provenance: dict[str, Any],
+    *,
     drafter: DrafterFacts | None,
-) -> None:
-    from pipeline.report.documents import Facts, html_report, model_card
+    evaluation: dict[str, Any] | None,
+) -> Facts:
+    from pipeline.report.documents import Facts
 
-    facts = Facts(
+    return Facts(
         name=context.config["name"],
         rows=rows,
         source=source,
@@ -135,7 +144,13 @@ def _write_documents(
         examples=_examples(context.inputs["calibrate"] / SAMPLES),
         provenance=json.dumps(provenance, indent=2),
         drafter=drafter,
+        evaluation=evaluation,
     )
+
+
+def _write_documents(bundle: Path, facts: Facts) -> None:
+    from pipeline.report.documents import html_report, model_card
+
     (bundle / "README.md").write_text(model_card(facts))
     (bundle / "report.html").write_text(html_report(facts))
 
@@ -181,16 +196,6 @@ def _examples(path: Path) -> list[dict[str, str]]:
 def _records(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
-
-
-def _copy_directory(source: Path, out: Path) -> None:
-    for file in sorted(source.iterdir()):
-        _copy(file, out / file.name)
-
-
-def _copy(source: Path, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, out)
 
 
 def _read_json(path: Path) -> Any:

@@ -1,15 +1,14 @@
-"""The drafter's part of export: refuse a head that is worth nothing, copy any other, and tell of it."""
+"""The drafter's part of export: refuse a head that is worth nothing, and tell of any other."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.graph import BuildContext
-from pipeline.stages.eagle import HEAD, HISTORY
+from pipeline.stages.eagle import HISTORY
 
 if TYPE_CHECKING:
     from pipeline.report.drafter import DrafterFacts
@@ -19,8 +18,8 @@ SAMPLE = "sample.txt"
 EXAMPLE_CHARACTERS = 2400
 
 
-def add_drafter(context: BuildContext, bundle: Path) -> DrafterFacts:
-    """Copies the head to `bundle / ROLE`, beside the target; facts for report and card.
+def drafter_facts(context: BuildContext, bundle: Path) -> DrafterFacts:
+    """Facts of the head at `bundle / ROLE`, beside the target, for report and card.
 
     Raises ValueError when its acceptance has collapsed, and FormatError when it does not fit the target. (That it was
     trained on this very target and tokenizer is checked with the manifest: deploy.formats.components.)
@@ -30,7 +29,6 @@ def add_drafter(context: BuildContext, bundle: Path) -> DrafterFacts:
     from pipeline.report.drafter import DrafterFacts
 
     source = context.inputs[ROLE]
-    shutil.copytree(source / HEAD, bundle / ROLE)
     with ModelDirectory.open(bundle / "target") as target:
         shape = target.shape
     with EagleDirectory.open(bundle / ROLE, shape) as head:

@@ -1,5 +1,6 @@
 """The graph: target → calibrate → quantize → quality → export, with one quantize and one quality per variant; beside
-them quantize → generate → eagle-target → export, unless `eagle=none`.
+them quantize → generate → eagle-target → export, unless `eagle=none`, and what evaluates all models of the bundle just
+before export, unless `evaluate=none`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,19 @@ from omegaconf import DictConfig, OmegaConf
 from compress.target.sources import Source, find_source
 from pipeline.graph import Stage, lazy
 from pipeline.schema import Config
-from pipeline.stages import calibrate, eagle, export, generate, quantize
+from pipeline.stages import calibrate, eagle, evaluate, export, generate, quantize
 
 TORCH = ("torch", "transformers")
-VERSIONS = {"target": 1, "calibrate": 1, "quantize": 1, "quality": 1, "generate": 1, "eagle": 1, "export": 3}
+VERSIONS = {
+    "target": 1,
+    "calibrate": 1,
+    "quantize": 1,
+    "quality": 1,
+    "generate": 1,
+    "eagle": 1,
+    "evaluate": 1,
+    "export": 4,
+}
 """Raised when a stage's code gives other bytes."""
 
 
@@ -36,7 +46,10 @@ def build_graph(config: Config) -> list[Stage]:
         model = _quantize(name, method, plain["calibrate"], source, target, samples)
         inputs = {"target": target, "calibrate": samples, "quantize": model}
         qualities[name] = _stage("quality", name, {}, "pipeline.stages.quality:build", inputs, packages=TORCH)
-    return [_export(plain, target, qualities, _drafter(plain, source, target, qualities[""].inputs["quantize"]))]
+    quantized = qualities[""].inputs["quantize"]
+    drafter = _drafter(plain, source, target, quantized)
+    models = {"target": target, "calibrate": samples, "quantize": quantized, **drafter}
+    return [_export(plain, target, qualities, drafter | _evaluate(plain, models))]
 
 
 def _target(config: dict[str, Any], source: Source) -> Stage:
@@ -139,17 +152,38 @@ def _drafter(plain: dict[str, Any], source: Source, target: Stage, quantized: St
     return {"generate": generated, "eagle-target": head}
 
 
-def _export(plain: dict[str, Any], target: Stage, qualities: dict[str, Stage], drafter: dict[str, Stage]) -> Stage:
+def _evaluate(plain: dict[str, Any], models: dict[str, Stage]) -> dict[str, Stage]:
+    """By role, the stage that measures the bundle's modes; none for `evaluate=none`."""
+    config, calibrated = plain["evaluate"], plain["calibrate"]
+    if config["method"] == "none":
+        return {}
+    num_heldout = calibrated["chat"]["num_heldout"] + calibrated["text"]["num_heldout"]
+    stage = Stage(
+        name="evaluate",
+        instance="evaluate",
+        version=VERSIONS["evaluate"],
+        config=config,
+        build=partial(lazy("pipeline.stages.evaluate:build"), plain["threads"]),
+        inputs=models,
+        seed=plain["seed"],
+        packages=("tokenizers",),
+        check=partial(evaluate.check, has_generated="generate" in models, num_heldout=num_heldout),
+    )
+    return {"evaluate": stage}
+
+
+def _export(plain: dict[str, Any], target: Stage, qualities: dict[str, Stage], more: dict[str, Stage]) -> Stage:
+    """more: the stages of drafters and of the evaluation, by role."""
     quantized = {name: quality.inputs["quantize"] for name, quality in qualities.items()}
     inputs = {"target": target, "calibrate": next(iter(qualities.values())).inputs["calibrate"]}
     inputs |= {_role("quantize", name): stage for name, stage in quantized.items()}
     inputs |= {_role("quality", name): stage for name, stage in qualities.items()}
-    inputs |= drafter
+    inputs |= more
     bundles, name = Path(plain["bundles"]), plain["name"]
     config = {
         "name": name,
         "methods": {_role("quantize", name): s.config for name, s in quantized.items()},
-        "min_acceptance": plain["eagle"]["min_acceptance"] if drafter else None,
+        "min_acceptance": plain["eagle"]["min_acceptance"] if "eagle-target" in more else None,
     }
     return Stage(
         name="export",

@@ -55,7 +55,7 @@ def test_this_is_the_tree_that_the_program_reads() -> None:
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_composes_with_no_value_missing(composed: Compose, choice: str) -> None:
     config = composed(override(choice), *NEEDED.get(choice, []))
-    assert set(config) >= {"target", "calibrate", "quantize", "quality", "generate", "eagle", "tracking"}
+    assert set(config) >= {"target", "calibrate", "quantize", "quality", "generate", "eagle", "evaluate", "tracking"}
 
 
 @pytest.mark.parametrize("method", [c for c in CHOICES if c.startswith("quantize/")])
@@ -93,6 +93,9 @@ def test_every_file_begins_with_a_sentence_in_words(name: str) -> None:
         "eagle.embedding=borrowed",
         "eagle.vocabulary.counts=guessed",
         "eagle.train.precision=fp8",
+        "evaluate=twice",
+        "evaluate.number=3",
+        "evaluate.num_prompts=many",
         "tracking.mode=sometimes",
         "experiment=nothing",
         "seed=many",
@@ -110,6 +113,7 @@ def test_an_unknown_key_or_value_fails(composed: Compose, wrong: str) -> None:
         ("quantize=keep", "quantize.bits=8"),
         ("quantize=q4_0", "quantize.group_size=64"),
         ("eagle=none", "eagle.unrolls=3"),
+        ("evaluate=none", "evaluate.num_prompts=3"),
         ("generate/engine=runtime", "generate.engine.url=x"),
     ],
 )
@@ -136,6 +140,8 @@ def test_the_smoke_experiment_asks_for_less_of_everything(composed: Compose) -> 
     ):
         assert 0 < smoke["calibrate"][group][key] < full["calibrate"][group][key]
     assert 0 < smoke["generate"]["num_tokens"] < full["generate"]["num_tokens"]
+    for key in ("num_prompts", "num_texts", "max_tokens"):
+        assert 0 < smoke["evaluate"][key] < full["evaluate"][key]
 
 
 def test_the_smoke_experiments_budget_is_in_tokens_so_that_its_bundle_is_reproducible(composed: Compose) -> None:

@@ -22,6 +22,9 @@ BUDGETS = (
     "calibrate.text.num_samples=2",
     "calibrate.text.num_heldout=1",
     "calibrate.sequence_length=64",
+    "evaluate.num_prompts=2",
+    "evaluate.num_texts=2",
+    "evaluate.max_tokens=12",
 )
 HF = ("target=hf", "target.name=tiny", "target.path=model", *BUDGETS)
 # Its user turns do not end either, so prompts are given to it.
@@ -84,7 +87,7 @@ def test_the_second_run_reuses_everything(tools: Any, trained: Any) -> None:
     place, _ = trained
     second = tools.verdicts(place.run(*HF, *DRAFTER, "seed=3"))
     assert set(second.values()) == {"reused"}
-    assert len(second) == 11
+    assert len(second) == 12
 
 
 def test_the_head_is_in_the_bundle_with_its_worth_and_the_run_ends_with_it(trained: Any) -> None:
@@ -94,6 +97,17 @@ def test_the_head_is_in_the_bundle_with_its_worth_and_the_run_ends_with_it(train
     report = (place.path / "bundles" / "tiny" / "report.html").read_text()
     assert "Acceptance by drafted position" in report
     assert re.search(r"<mark>[^<]+</mark>", report)
+
+
+def test_every_mode_is_evaluated_and_the_plan_is_in_the_bundle(trained: Any) -> None:
+    place, said = trained
+    assert re.search(r"^plain \d+ tok/s, .*auto \d+ tok/s \(\d\.\d\dx\), identical (\d+)/\1$", said, re.MULTILINE)
+    bundle = place.path / "bundles" / "tiny"
+    assert set(json.loads((bundle / "plan.json").read_text())["modes"]) >= {"plain", "lookup", "eagle", "auto"}
+    assert "Where a round's milliseconds go" in (bundle / "report.html").read_text()
+    inspected = place.deploy("inspect", "bundles/tiny").stdout
+    assert "Plan, as measured on" in inspected
+    assert "(fastest)" in inspected
 
 
 def test_a_head_whose_acceptance_has_collapsed_is_refused_in_one_line(trained: Any) -> None:

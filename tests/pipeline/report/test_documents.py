@@ -151,6 +151,31 @@ def test_the_card_says_of_a_drafter_what_the_terminal_says(facts: Facts, drafter
     assert f"`{line}`" in model_card(replace(facts, drafter=drafter))
 
 
+def test_an_evaluation_is_shown_in_both_documents_and_nothing_where_there_is_none(facts: Facts) -> None:
+    found: dict[str, Any] = {
+        "decode_tok_s": 545.0,
+        "e2e_tok_s": 400.0,
+        "predicted_tok_s": 610.0,
+        "ttft_ms": 20.0,
+        "tokens": 2048,
+        "tau": 1.0,
+        "acceptance_by_position": [0.5],
+        "round_ms": {"draft": 0.2, "verify": 2.0, "other": 0.1},
+        "identical_to_plain": {"same": 20, "total": 20},
+    }
+    modes = {"plain": found | {"by_category": {"chat": found}}, "auto": found | {"by_category": {"chat": found}}}
+    machine = {"cpu": NASTY, "isa": "avx2", "threads": 2, "load_average": 0.3}
+    result = {"machine": machine, "rows_ms": {"target": {"1": 1.8}}, "modes": modes}
+    told = replace(facts, evaluation=result | {"sampled": {"temperature": 0.8, "modes": modes}})
+    html = html_report(told)
+    assert parse(html).tags.count("svg") == 6
+    assert "script" not in parse(html).tags
+    assert "plain 545 tok/s, auto 545 tok/s (1.00x), identical 40/40" in html
+    assert "## Speed" in model_card(told)
+    assert "| auto | 545 | 1.00 | 1.00 | 20/20 |" in model_card(told)
+    assert "Speed" not in html_report(facts) + model_card(facts)
+
+
 @pytest.mark.parametrize("is_lossy", [True, False])
 def test_a_source_that_was_quantized_already_is_called_so(facts: Facts, is_lossy: bool) -> None:
     precision = {"lossy": is_lossy, "bits_per_weight": 5.74}

@@ -22,6 +22,7 @@ from train.loop.settings import TrainSettings
 Graph = Callable[..., dict[str, Stage]]
 METHODS = ("", "-rtn", "-keep", "-q4_0")
 DRAFTER = ("generate", "eagle-target")
+END = ("evaluate", "export")
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def changed(graph: Graph, *overrides: str) -> set[str]:
 
 def test_the_default_has_one_quantize_and_one_quality_for_each_method(graph: Graph) -> None:
     stages = graph()
-    expected = {"target", "calibrate", "generate", "eagle-target", "export"}
+    expected = {"target", "calibrate", *DRAFTER, *END}
     expected |= {f"{kind}{which}" for kind in ("quantize", "quality") for which in METHODS}
     assert set(stages) == expected
     assert list(stages)[:2] == ["target", "calibrate"]
@@ -82,12 +83,14 @@ def test_each_stage_reads_what_it_needs(graph: Graph) -> None:
         assert inputs[f"quality{which}"] == expected
     assert inputs["generate"] == {"target": "target", "model": "quantize"}
     assert inputs["eagle-target"] == {"target": "target", "quantize": "quantize", "generate": "generate"}
+    models = {name: name for name in ("target", "calibrate", "quantize", "generate", "eagle-target")}
+    assert inputs["evaluate"] == models
     assert inputs["export"] == {name: name for name in stages if name != "export"}
 
 
 def test_only_what_is_random_has_the_seed(graph: Graph) -> None:
     seeded = [name for name, stage in graph("seed=5").items() if stage.seed == 5]
-    assert seeded == ["calibrate", "generate", "eagle-target"]
+    assert seeded == ["calibrate", "generate", "eagle-target", "evaluate"]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +107,7 @@ def test_the_bundles_own_method_is_not_compared_with_itself(graph: Graph, overri
     stages = graph(*overrides)
     assert f"quantize-{left_out}" not in stages
     assert f"quality-{left_out}" not in stages
-    assert len(stages) == 11
+    assert len(stages) == 12
 
 
 def test_keep_is_left_out_where_there_is_no_file_with_a_grid(graph: Graph, model_directory: Path) -> None:
@@ -120,18 +123,18 @@ def test_keep_as_the_bundles_method_is_refused_there(graph: Graph, model_directo
 
 
 def test_another_group_size_reaches_its_methods_and_what_depends_on_them(graph: Graph) -> None:
-    expected = {"quantize", "quantize-rtn", "quality", "quality-rtn", *DRAFTER, "export"}
+    expected = {"quantize", "quantize-rtn", "quality", "quality-rtn", *DRAFTER, *END}
     assert changed(graph, "quantize.group_size=64") == expected
 
 
 def test_more_conversations_reach_calibrated_methods_and_every_measurement(graph: Graph) -> None:
     qualities = {f"quality{which}" for which in METHODS}
-    assert changed(graph, "calibrate.chat.num_samples=3") == {"calibrate", "quantize", "export", *DRAFTER, *qualities}
+    assert changed(graph, "calibrate.chat.num_samples=3") == {"calibrate", "quantize", *END, *DRAFTER, *qualities}
 
 
 def test_another_seed_reaches_what_is_calibrated_or_measured(graph: Graph) -> None:
     qualities = {f"quality{which}" for which in METHODS}
-    assert changed(graph, "seed=1") == {"calibrate", "quantize", "export", *DRAFTER, *qualities}
+    assert changed(graph, "seed=1") == {"calibrate", "quantize", *END, *DRAFTER, *qualities}
 
 
 @pytest.mark.parametrize(
@@ -154,13 +157,15 @@ def test_what_changes_no_byte_reaches_no_key(graph: Graph, override: str) -> Non
 @pytest.mark.parametrize(
     ("override", "reached"),
     [
-        ("generate.num_tokens=1000", {*DRAFTER, "export"}),
-        ("generate.writer=target", {*DRAFTER, "export"}),
-        ("eagle=single_feature", {"eagle-target", "export"}),
-        ("eagle.unrolls=5", {"eagle-target", "export"}),
-        ("eagle.vocabulary.size=4097", {"eagle-target", "export"}),
-        ("eagle.train.max_seconds=60", {"eagle-target", "export"}),
+        ("generate.num_tokens=1000", {*DRAFTER, *END}),
+        ("generate.writer=target", {*DRAFTER, *END}),
+        ("eagle=single_feature", {"eagle-target", *END}),
+        ("eagle.unrolls=5", {"eagle-target", *END}),
+        ("eagle.vocabulary.size=4097", {"eagle-target", *END}),
+        ("eagle.train.max_seconds=60", {"eagle-target", *END}),
         ("eagle.min_acceptance=0.2", {"export"}),
+        ("evaluate.num_prompts=3", {*END}),
+        ("evaluate=none", {*END}),
         ("quality=none", {*(f"{kind}{which}" for kind in ("quantize", "quality") for which in METHODS[1:]), "export"}),
     ],
 )
@@ -174,6 +179,14 @@ def test_the_plain_targets_words_can_be_learned_from_but_features_stay_the_quant
     stages = graph("generate.writer=target")
     assert stages["generate"].inputs["model"].instance == "target"
     assert stages["eagle-target"].inputs["quantize"].instance == "quantize"
+
+
+def test_without_an_evaluation_nothing_measures_speed(graph: Graph) -> None:
+    assert set(graph()) - set(graph("evaluate=none")) == {"evaluate"}
+
+
+def test_without_a_drafter_the_target_alone_is_evaluated(graph: Graph) -> None:
+    assert set(graph("eagle=none")["evaluate"].inputs) == {"target", "calibrate", "quantize"}
 
 
 def test_without_a_drafter_nothing_is_generated(graph: Graph) -> None:
@@ -236,6 +249,10 @@ def test_a_targets_fingerprint_is_its_content(graph: Graph, model_directory: Pat
         ("eagle-target", "eagle.min_acceptance=1", r"eagle\.min_acceptance=1.* below 1"),
         ("eagle-target", "eagle.train.max_seconds=null", r"set one or more of eagle\.train\.max_seconds"),
         ("eagle-target", "eagle.train.learning_rate=-1", r"eagle\.train\.learning_rate=-1.* must be above 0"),
+        ("evaluate", "evaluate.num_prompts=-1", r"evaluate\.num_prompts=-1 must be 0 or more"),
+        ("evaluate", "evaluate.max_tokens=0", r"evaluate\.max_tokens=0 must be 1 or more"),
+        ("evaluate", "evaluate.repeats=0", r"evaluate\.repeats=0 must be 1 or more"),
+        ("evaluate", "evaluate.temperature=0", r"evaluate\.temperature=0.* must be 0\.001 … 100"),
         ("export", "name=a/b", r"name=a/b is not a plain file name"),
         ("export", "bundles=/proc/nowhere", r"bundles=/proc/nowhere: not writable .*set bundles= to a writable"),
     ],
@@ -254,6 +271,17 @@ def test_no_samples_to_calibrate_on_is_refused(graph: Graph) -> None:
     stage = graph(*budgets)["quantize"]
     assert stage.check is not None
     with pytest.raises(ValueError, match=r"calibrate makes no samples \(it makes: none\)"):
+        stage.check(stage.config)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("evaluate.num_prompts=0", "evaluate.num_texts=0"), ("eagle=none", "evaluate.num_texts=0")],
+)
+def test_an_evaluation_without_prompts_is_refused(graph: Graph, overrides: tuple[str, ...]) -> None:
+    stage = graph(*overrides)["evaluate"]
+    assert stage.check is not None
+    with pytest.raises(ValueError, match=r"evaluate has nothing to answer .* or set evaluate=none"):
         stage.check(stage.config)
 
 
