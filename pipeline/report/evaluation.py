@@ -88,7 +88,8 @@ def plots(result: Result) -> list[str]:
         num_positions = max(map(len, accepted.values()))
         padded = {mode: [*shares, *[0.0] * (num_positions - len(shares))] for mode, shares in accepted.items()}
         positions = [str(position + 1) for position in range(num_positions)]
-        made.append(grouped_bars(positions, padded, "Drafts accepted at each position, where those before were"))
+        title = "Drafts accepted at each position, where those before were"
+        made.append(grouped_bars(positions, padded, title, labels=list(modes)))
     curves = {model: [(int(n), ms) for n, ms in by_rows.items()] for model, by_rows in result["rows_ms"].items()}
     made.append(lines(curves, "Milliseconds of a forward", x_label="rows"))
     shares = {mode: found["round_ms"] for mode, found in modes.items() if found["round_ms"]}

@@ -25,9 +25,15 @@ def acceptance_bars(shares: Mapping[str, Sequence[float]], title: str) -> str:
     return grouped_bars(positions, shares, title)
 
 
-def grouped_bars(groups: Sequence[str], values: Mapping[str, Sequence[float]], title: str) -> str:
-    """An SVG element: for each group one bar per entry of `values` (label → a value per group)."""
-    series = [(colour, label, list(found)) for colour, (label, found) in enumerate(values.items())]
+def grouped_bars(
+    groups: Sequence[str], values: Mapping[str, Sequence[float]], title: str, *, labels: Sequence[str] = ()
+) -> str:
+    """An SVG element: for each group one bar per entry of `values` (label → a value per group).
+
+    labels: all that share colours with another plot, in its order; by default those of `values`.
+    """
+    order = list(labels or values)
+    series = [(order.index(label), label, list(found)) for label, found in values.items()]
     return _svg(lambda axes, plt: _bars(axes, plt, groups, series), title)
 
 

@@ -72,6 +72,12 @@ def test_four_plots_name_modes_categories_and_models(result: dict[str, Any]) -> 
     assert not re.search(r"https?://(?!www\.w3\.org|purl\.org|creativecommons\.org|matplotlib\.org)", speed)
 
 
+def test_a_mode_has_the_same_colour_in_both_bar_plots(result: dict[str, Any]) -> None:
+    speed, acceptance, _rows, _parts = plots(result)
+    used = [set(re.findall(r"fill: (#[0-9a-f]{6})", plot)) for plot in (speed, acceptance)]
+    assert len(used[0] - used[1]) == 1  # that of the target alone, which drafts nothing
+
+
 def test_without_drafts_there_is_no_plot_of_acceptance(result: dict[str, Any]) -> None:
     result["modes"] = {"plain": mode(545.0, 1.0, []), "auto": mode(545.0, 1.0, [])}
     assert len(plots(result)) == 3
