@@ -26,8 +26,8 @@ class QuantizedLayers:
     fallbacks: dict[str, list[str]] = field(default_factory=dict)
 
 
-def check_group_size(shape: ModelShape, group_size: int) -> None:
-    """Raises ValueError naming the layers whose input width is not a multiple of `group_size`."""
+def check_group_size(shape: ModelShape, group_size: int, key: str = "quantize") -> None:
+    """Raises ValueError naming the layers whose input width is not a multiple of `group_size`, `key`.group_size."""
     misfits: dict[int, set[str]] = {}
     for layer in linear_layers(shape):
         if layer.num_in % group_size:
@@ -39,4 +39,4 @@ def check_group_size(shape: ModelShape, group_size: int) -> None:
     fitting = [str(size) for size in (128, 64, 32) if all(width % size == 0 for width in widths)]
     where = "; ".join(f"in_features={width} (layers: {', '.join(sorted(names))})" for width, names in misfits.items())
     remedy = f"use {' or '.join(fitting)}" if fitting else "this model's widths fit no supported group size"
-    raise ValueError(f"quantize.group_size={group_size} does not divide {where}; {remedy}")
+    raise ValueError(f"{key}.group_size={group_size} does not divide {where}; {remedy}")

@@ -14,7 +14,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from pipeline.stages import eagle_schema, evaluate_schema, generate_schema
+from pipeline.stages import eagle_schema, evaluate_schema, generate_schema, intermediate_schema
 from pipeline.stages import schema as stages
 
 
@@ -48,7 +48,8 @@ class Config:
     """The root of `conf/config.yaml`.
 
     stage, force: one name or a list of names of stages. store, bundles: directories; relative ones start at the
-    current directory. threads: null takes every core that the process may use.
+    current directory. threads: null takes every core that the process may use. eagle_intermediate: a choice of
+    `conf/eagle/`, left out where there is no intermediate.
     """
 
     name: str = MISSING
@@ -65,6 +66,8 @@ class Config:
     quality: Any = MISSING
     generate: Any = MISSING
     eagle: Any = MISSING
+    intermediate: Any = MISSING
+    eagle_intermediate: Any = MISSING
     evaluate: Any = MISSING
     tracking: TrackingConfig = MISSING
 
@@ -74,5 +77,5 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="config_schema", node=Config)
     store.store(group="tracking", name="tracking_schema", node=TrackingConfig)
-    for schemas in (stages, generate_schema, eagle_schema, evaluate_schema):
+    for schemas in (stages, generate_schema, eagle_schema, intermediate_schema, evaluate_schema):
         schemas.register()

@@ -42,33 +42,34 @@ def python_documents() -> dict[str, list[Document]]:
     return {"prose": [Document(f"topics/{name}", text) for name, text in sorted(topics.items())], "code": code}
 
 
-def file_documents(path: Path) -> list[Document]:
+def file_documents(path: Path, key: str = "calibrate.text.path") -> list[Document]:
     """The documents of a .jsonl file (a "text", "prompt" or "turns" in each line) or of a plain text file.
 
-    Raises ValueError naming the file, and the line where one is malformed, when it is missing, empty or not UTF-8.
+    key: under which the user named it. Raises ValueError naming the file, and the line where one is malformed, when it
+    is missing, empty or not UTF-8.
     """
     if not path.is_file():
-        raise ValueError(f"calibrate.text.path={path} is not a file; name a .txt or .jsonl file")
+        raise ValueError(f"{key}={path} is not a file; name a .txt or .jsonl file")
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"calibrate.text.path={path} is not UTF-8 (byte {error.start}); convert it") from error
-    documents = _json_lines(path, content) if path.suffix == ".jsonl" else _sections(path, content)
+        raise ValueError(f"{key}={path} is not UTF-8 (byte {error.start}); convert it") from error
+    documents = _json_lines(path, content, key) if path.suffix == ".jsonl" else _sections(path, content)
     if not documents:
-        raise ValueError(f"calibrate.text.path={path} is empty; give at least a few documents")
+        raise ValueError(f"{key}={path} is empty; give at least a few documents")
     return documents
 
 
-def dataset_documents(name: str, split: str, column: str) -> list[Document]:
+def dataset_documents(name: str, split: str, column: str, key: str = "calibrate.text") -> list[Document]:
     """The documents of a data set (hub id or local directory) by `datasets`. Raises ValueError on a missing column."""
     from datasets import load_dataset
 
     try:
         rows = load_dataset(name, split=split)
     except (OSError, ValueError) as error:
-        raise ValueError(f"calibrate.text.dataset={name} (split {split}) could not be loaded: {error}") from error
+        raise ValueError(f"{key}.dataset={name} (split {split}) could not be loaded: {error}") from error
     if column not in rows.column_names:
-        raise ValueError(f"calibrate.text.column={column} is not in {name}; columns: {', '.join(rows.column_names)}")
+        raise ValueError(f"{key}.column={column} is not in {name}; columns: {', '.join(rows.column_names)}")
     return [_named(name, text) for text in rows[column] if text.strip()]
 
 
@@ -125,7 +126,7 @@ def windows(
     return samples
 
 
-def _json_lines(path: Path, content: str) -> list[Document]:
+def _json_lines(path: Path, content: str, key: str) -> list[Document]:
     documents = []
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
@@ -133,12 +134,10 @@ def _json_lines(path: Path, content: str) -> list[Document]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"calibrate.text.path={path}, line {number}: not JSON ({error})") from error
+            raise ValueError(f"{key}={path}, line {number}: not JSON ({error})") from error
         text = _text_of(record)
         if text is None:
-            raise ValueError(
-                f'calibrate.text.path={path}, line {number}: needs a "text" or "prompt" string or a list of "turns"'
-            )
+            raise ValueError(f'{key}={path}, line {number}: needs a "text" or "prompt" string or a list of "turns"')
         if text.strip():
             documents.append(_named(path.name, text))
     return documents

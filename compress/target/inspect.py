@@ -9,8 +9,11 @@ from compress.target.gguf_source import GgufFile
 from compress.target.sources import Source, check_directory
 from deploy.formats.architectures import ModelShape
 
+UNUSED = 5
+"""A GGUF token type."""
 
-@lru_cache(maxsize=1)
+
+@lru_cache(maxsize=2)
 def open_gguf(path: Path) -> GgufFile:
     """The file, opened once per process: reading the metadata of a large vocabulary takes seconds."""
     return GgufFile(path)
@@ -32,3 +35,23 @@ def read_shape(source: Source) -> ModelShape:
         num_tokens = len(file.tokenizer_metadata().get("tokens", "?"))
         return ModelShape.from_config({**model_config(file), "vocab_size": num_tokens, "tie_word_embeddings": tied})
     return ModelShape.from_config(json.loads((source.path / "config.json").read_text()))
+
+
+def read_vocabulary(source: Source) -> dict[str, int]:
+    """Token → id of the source's tokenizer, without the places that a GGUF file fills up with unused tokens.
+
+    Raises ValueError when a directory's tokenizer cannot be read.
+    """
+    if source.kind == "gguf":
+        metadata = open_gguf(source.path).tokenizer_metadata()
+        kinds = metadata["token_type"]
+        return {token: index for index, token in enumerate(metadata["tokens"]) if kinds[index] != UNUSED}
+    from transformers import AutoTokenizer
+
+    try:
+        found: dict[str, int] = AutoTokenizer.from_pretrained(source.path).get_vocab()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"target.path={source.origin}: its tokenizer does not load ({error}); fetch it again"
+        ) from error
+    return found

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from deploy.formats.architectures import ModelShape
 from deploy.formats.chat import ChatTemplate
 from deploy.formats.components import (
@@ -25,6 +28,7 @@ from deploy.formats.components import (
     has_float_minima,
     parse_component,
 )
+from deploy.formats.draft_vocabulary import read_draft_vocabulary
 from deploy.formats.errors import BundleError, FormatError
 from deploy.formats.model_dir import ModelDirectory, read_json
 from deploy.formats.speculators import EagleDirectory
@@ -270,6 +274,11 @@ class Bundle:
     def head(self, role: str, above: ModelShape) -> EagleDirectory:
         """Open one of the bundle's EAGLE heads; above: the shape of the model that it drafts for."""
         return EagleDirectory.open(self.path / self.component(role).path, above)
+
+    def draft_ids(self, role: str) -> npt.NDArray[np.int64] | None:
+        """The token ids that a language model of the bundle may draft, ascending; None where it may draft all."""
+        with self.model(role) as model:
+            return read_draft_vocabulary(model.path, model.shape.vocab_size)
 
     def chat_template(self) -> ChatTemplate:
         """The template, with the special tokens that tokenizer_config.json names."""

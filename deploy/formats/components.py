@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from deploy.formats.chat import ChatTemplate
-from deploy.formats.eagle_record import Acceptance, parse_acceptance, parse_number
+from deploy.formats.draft_vocabulary import VOCABULARY_FILE, read_draft_vocabulary
+from deploy.formats.eagle_record import Acceptance, Owner, parse_acceptance, parse_number, parse_record
 from deploy.formats.errors import BundleError, FormatError
-from deploy.formats.model_dir import ModelDirectory
-from deploy.formats.speculators import EagleDirectory
+from deploy.formats.model_dir import ModelDirectory, read_json
+from deploy.formats.speculators import RECORD_FILE, EagleDirectory
 
-# target-w4a16: the target again, rounded to integer zero points, where its own form uses an extension.
-MODEL_ROLES = ("target", "target-w4a16")
-# eagle-target: an EAGLE-3 head that drafts for the target.
-DRAFTER_ROLES = ("eagle-target",)
-ROLES = (*MODEL_ROLES, *DRAFTER_ROLES)
+# target-w4a16: the target again, rounded to integer zero points, where its own form uses an extension. intermediate: a
+# small language model that drafts for the target.
+MODEL_ROLES = ("target", "target-w4a16", "intermediate")
+# EAGLE-3 heads, and the models that they draft for.
+HEAD_ROLES = {"eagle-target": "target", "eagle-intermediate": "intermediate"}
+DRAFTER_ROLES = ("intermediate", *HEAD_ROLES)
+ROLES = (*MODEL_ROLES, *HEAD_ROLES)
+# What lies beside an intermediate model, and is no part of it.
+RECORD_FILES = (RECORD_FILE, VOCABULARY_FILE)
 
 
 @dataclass(frozen=True)
 class Drafter:
     """What a drafter is worth. acceptance: on held-out conversations, greedy, with the weights as the runtime holds
-    them; target: content digest of the quantized target that it was trained on; mbsu: see TrainingRecord."""
+    them; target: content digest of the quantized model that it drafts for; feature_layers: whose states it reads, none
+    for a language model; mbsu: see TrainingRecord."""
 
     target: str
     draft_vocab_size: int
@@ -73,8 +79,10 @@ def describe_components(
     """
     for role, path in paths.items():
         try:
-            if role in DRAFTER_ROLES:
-                yield _describe_head(directory, role, path, paths["target"], digests)
+            if role in HEAD_ROLES:
+                yield _describe_head(directory, role, path, _above(paths, role), digests)
+            elif role == "intermediate":
+                yield _describe_intermediate(directory, path, paths["target"], digests)
             else:
                 yield _describe_model(directory, role, path)
         except ValueError as error:
@@ -155,21 +163,64 @@ def _describe_model(directory: Path, role: str, path: str) -> Component:
         )
 
 
-def _describe_head(directory: Path, role: str, path: str, target_path: str, digests: Mapping[str, str]) -> Component:
-    """Raises FormatError for a head of another target, tokenizer or chat template too."""
-    with ModelDirectory.open(directory / target_path) as model:
-        target = model.shape
-    prefix = f"{target_path}/"
-    target_files = {name.removeprefix(prefix): digest for name, digest in digests.items() if name.startswith(prefix)}
+def _above(paths: Mapping[str, str], role: str) -> str:
+    """Where the model lies that the head of `role` drafts for."""
+    above = HEAD_ROLES[role]
+    if above not in paths:
+        raise BundleError(f"component {role!r} drafts for an {above}, and there is none; leave it out")
+    return paths[above]
+
+
+def _describe_intermediate(directory: Path, path: str, target_path: str, digests: Mapping[str, str]) -> Component:
+    """Raises FormatError for one of another target, tokenizer or chat template, or too small for this one."""
+    item = _describe_model(directory, "intermediate", path)
+    with ModelDirectory.open(directory / target_path) as target, ModelDirectory.open(directory / path) as model:
+        ours, theirs = model.shape, target.shape
+    if ours.vocab_size != theirs.vocab_size:
+        raise FormatError(f"{directory / path}: vocab_size is {ours.vocab_size}, the target's {theirs.vocab_size}")
+    if ours.context_length < theirs.context_length:
+        raise FormatError(f"{directory / path}: reads {ours.context_length} tokens, the target {theirs.context_length}")
+    try:
+        owner, training = parse_record(read_json(directory / path / RECORD_FILE))
+    except FormatError as error:
+        raise FormatError(f"{directory / path / RECORD_FILE}: {error}") from error
+    _check_owner(directory, path, owner, target_path, digests, drafter="intermediate", above="target")
+    ids = read_draft_vocabulary(directory / path, ours.vocab_size)
+    drafter = Drafter(
+        target=owner.content,
+        draft_vocab_size=ours.vocab_size if ids is None else len(ids),
+        feature_layers=(),
+        acceptance=training.served,
+        mbsu=training.mbsu,
+    )
+    return replace(item, drafter=drafter)
+
+
+def _check_owner(
+    directory: Path, path: str, owner: Owner, above_path: str, digests: Mapping[str, str], *, drafter: str, above: str
+) -> None:
+    """Raises BundleError for a drafter at `path` of another model, tokenizer or chat template."""
+    prefix = f"{above_path}/"
+    files = {name.removeprefix(prefix): digest for name, digest in digests.items() if name.startswith(prefix)}
+    files = {name: digest for name, digest in files.items() if name not in RECORD_FILES}
     template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    with EagleDirectory.open(directory / path, target) as head:
-        try:
-            head.owner.check(target_files, digests.get("tokenizer.json", "none"), ChatTemplate(template).identity)
-        except ValueError as error:
-            raise BundleError(f"{directory / path}: {error}") from error
+    tokenizer, identity = digests.get("tokenizer.json", "none"), ChatTemplate(template).identity
+    try:
+        owner.check(files, tokenizer, identity, drafter=drafter, above=above)
+    except ValueError as error:
+        raise BundleError(f"{directory / path}: {error}") from error
+
+
+def _describe_head(directory: Path, role: str, path: str, above_path: str, digests: Mapping[str, str]) -> Component:
+    """Raises FormatError for a head of another model, tokenizer or chat template too."""
+    with ModelDirectory.open(directory / above_path) as model:
+        above = model.shape
+    with EagleDirectory.open(directory / path, above) as head:
+        _check_owner(directory, path, head.owner, above_path, digests, drafter="head", above=HEAD_ROLES[role])
         head.weights()
         config, training = head.config, head.training
-        embedding = "the target's embedding" if config.embedding == "reference" else "its own copy of the embedding"
+        is_reference = config.embedding == "reference"
+        embedding = f"the {HEAD_ROLES[role]}'s embedding" if is_reference else "its own copy of the embedding"
         return Component(
             role=role,
             path=path,

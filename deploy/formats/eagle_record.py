@@ -1,6 +1,7 @@
-"""training.json beside an EAGLE-3 head: for which target and tokenizer it was trained, and how.
+"""training.json beside a drafter: for which model and tokenizer it was trained, and how.
 
-A head is useless beside any other target, and nothing in its tensors would tell.
+An EAGLE-3 head is useless beside any other model, and an intermediate model drafts badly for any other target; nothing
+in their tensors would tell.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Owner:
-    """What a head belongs to. All digests are sha256, hexadecimal.
+    """What a drafter belongs to. All digests are sha256, hexadecimal.
 
-    content: of the quantized target as the artifact that it came from. model_files: name → digest of every file of its
-    directory. tokenizer: of tokenizer.json. chat_template: identity (deploy.formats.chat) of the template under which
-    the conversations were generated, masked and are served.
+    content: of the quantized model that it drafts for, as the artifact that it came from. model_files: name → digest of
+    every file of its directory. tokenizer: of tokenizer.json. chat_template: identity (deploy.formats.chat) of the
+    template under which the conversations were generated, masked and are served.
     """
 
     content: str
@@ -30,23 +31,35 @@ class Owner:
     tokenizer: str
     chat_template: str
 
-    def check(self, model_files: Mapping[str, str], tokenizer: str, chat_template: str) -> None:
-        """Raises FormatError when target, tokenizer or template are others than those that the head was trained on."""
-        remedy = "train a head for this one (force=eagle)"
+    def check(
+        self,
+        model_files: Mapping[str, str],
+        tokenizer: str,
+        chat_template: str,
+        *,
+        drafter: str = "head",
+        above: str = "target",
+    ) -> None:
+        """Raises FormatError when model, tokenizer or template are others than those that it was trained with.
+
+        drafter, above: what the two models are called in the message.
+        """
+        a_drafter, stage = ("a head", "eagle") if drafter == "head" else (f"an {drafter}", drafter)
+        remedy = f"train {a_drafter} for this one (force={stage})"
         for name in sorted({*self.model_files, *model_files}):
             ours, theirs = self.model_files.get(name, "none"), model_files.get(name, "none")
             if ours != theirs:
                 raise FormatError(
-                    f"the head was trained on another target: {name} was {ours[:16]}, is {theirs[:16]}; {remedy}"
+                    f"the {drafter} was trained on another {above}: {name} was {ours[:16]}, is {theirs[:16]}; {remedy}"
                 )
         if tokenizer != self.tokenizer:
             raise FormatError(
-                f"the head was trained with another tokenizer: tokenizer.json was {self.tokenizer[:16]}, is"
+                f"the {drafter} was trained with another tokenizer: tokenizer.json was {self.tokenizer[:16]}, is"
                 f" {tokenizer[:16]}; {remedy}"
             )
         if chat_template != self.chat_template:
             raise FormatError(
-                f"the head was trained with another chat template: it was {self.chat_template[:16]}, is"
+                f"the {drafter} was trained with another chat template: it was {self.chat_template[:16]}, is"
                 f" {chat_template[:16]}; {remedy}"
             )
 
@@ -62,13 +75,13 @@ class Acceptance:
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """How a head was trained and what it was worth.
+    """How a drafter was trained and what it was worth.
 
     tokens: trained on, those of repeated epochs again. seconds: spent on them where time was the budget, otherwise
     None: what is written then depends on the settings and the data alone. served: acceptance with the weights as the
     runtime holds them (`served_form`); plain: with the weights as they were trained.
-    cost_ratio: bytes of the head over bytes of the target, both as the runtime holds them; mbsu: τ / (cost_ratio·γ + 1)
-    of `served` at γ drafted tokens. settings, data: JSON of the caller's choosing.
+    cost_ratio: bytes of the drafter over bytes of the model above, both as the runtime reads them for a token; mbsu:
+    τ / (cost_ratio·γ + 1) of `served` at γ drafted tokens. settings, data: JSON of the caller's choosing.
     """
 
     tokens: int

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
+
 from deploy.formats.model_dir import ModelDirectory
 from deploy.formats.speculators import EagleDirectory
 from deploy.runtime.backend import Backend
@@ -12,16 +15,23 @@ from deploy.runtime.drafters.base import DraftModel
 BackendName = Literal["cpu", "reference-int8", "reference-bf16"]
 
 
-def open_backend(name: BackendName, directory: ModelDirectory, *, threads: int | None = None) -> Backend:
+def open_backend(
+    name: BackendName,
+    directory: ModelDirectory,
+    *,
+    threads: int | None = None,
+    head_ids: npt.NDArray[np.int64] | None = None,
+) -> Backend:
     """The model on the backend called `name`: native code, or the slow definitions in numpy.
 
-    threads: for "cpu"; None takes what the process may use. Raises ValueError for an unknown name and for what the
-    backend does not support.
+    threads: for "cpu"; None takes what the process may use. head_ids: of a model that drafts, the tokens that it may
+    draft, ascending; a reference, which has no time to save, drafts from all of them. Raises ValueError for an unknown
+    name and for what the backend does not support.
     """
     if name == "cpu":
         from deploy.runtime.cpu_backend import CpuBackend
 
-        return CpuBackend(directory, threads=threads)
+        return CpuBackend(directory, threads=threads, head_ids=head_ids)
     if name == "reference-int8" or name == "reference-bf16":
         from deploy.kernels.reference.model import ReferenceBackend
 

@@ -126,7 +126,8 @@ class DrafterFactory:
     def language_model(self, role: str) -> Backend:
         """A model of the bundle beside the target. Raises ValueError when its context is shorter than the target's."""
         if role not in self._models:
-            model = open_backend(self._backend, self.bundle.model(role), threads=self._threads)
+            ids = self.bundle.draft_ids(role)
+            model = open_backend(self._backend, self.bundle.model(role), threads=self._threads, head_ids=ids)
             ours, theirs = model.shape.context_length, self.target.shape.context_length
             if ours < theirs:
                 raise ValueError(f"{self.bundle.path}: {role} reads {ours} tokens, the target {theirs}")

@@ -23,7 +23,7 @@ class Facts:
     """What both documents tell. rows: the source first, then the bundle's own method, then what it is compared with.
 
     source, stats: `source.json` and `stats.json` of the stages; method: the quantize config; samples: counts by
-    group and split; examples: one sample of each group; provenance: pretty-printed JSON; drafter: where there is one;
+    group and split; examples: one sample of each group; provenance: pretty-printed JSON; drafters: the bundle's;
     evaluation: `evaluate.json`, where the bundle was evaluated.
     """
 
@@ -35,7 +35,7 @@ class Facts:
     samples: dict[str, dict[str, int]]
     examples: Sequence[dict[str, str]]
     provenance: str
-    drafter: DrafterFacts | None = None
+    drafters: Sequence[DrafterFacts] = ()
     evaluation: dict[str, Any] | None = None
 
 
@@ -58,12 +58,19 @@ def html_report(facts: Facts) -> str:
         samples=facts.samples,
         examples=facts.examples,
         provenance=facts.provenance,
-        drafter_rows=drafter.rows(facts.drafter) if facts.drafter else [],
-        drafter_plots=[Markup(plot) for plot in _drafter_plots(facts.drafter)] if facts.drafter else [],
-        drafter_example=facts.drafter.example if facts.drafter else [],
+        drafters=[_drafter_section(each) for each in facts.drafters],
+        drafter_example=facts.drafters[0].example if facts.drafters else [],
         speed_table=evaluation.cells(facts.evaluation) if facts.evaluation else [],
         speed_plots=[Markup(plot) for plot in evaluation.plots(facts.evaluation)] if facts.evaluation else [],
     )
+
+
+def _drafter_section(facts: DrafterFacts) -> dict[str, Any]:
+    return {
+        "role": facts.role,
+        "rows": drafter.rows(facts),
+        "plots": [Markup(plot) for plot in _drafter_plots(facts)],
+    }
 
 
 def _drafter_plots(facts: DrafterFacts) -> list[str]:
@@ -90,7 +97,8 @@ def _common(facts: Facts) -> dict[str, Any]:
         "caption": caption(facts.rows),
         "speed_caption": evaluation.caption(facts.evaluation) if facts.evaluation else "",
         "speed_lines": evaluation.summary_lines(facts.evaluation) if facts.evaluation else [],
-        "drafter_line": _drafter_line(facts.drafter) if facts.drafter else "",
+        "drafter_lines": [_drafter_line(each) for each in facts.drafters],
+        "roles": [each.role for each in facts.drafters],
     }
 
 

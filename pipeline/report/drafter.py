@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deploy.formats.eagle_config import EagleConfig
 from deploy.formats.eagle_record import Acceptance, TrainingRecord
 
 
@@ -13,13 +12,14 @@ from deploy.formats.eagle_record import Acceptance, TrainingRecord
 class DrafterFacts:
     """One drafter of the bundle.
 
-    num_bytes: of its files. loss: (tokens trained on, mean loss since the point before); tau: (tokens trained on, τ
-    held out). example: one generated conversation in pieces, each with whether the drafter learned from it, because the
-    target wrote it.
+    feature_layers: whose states it reads; none for a language model. num_bytes: of its files. loss: (tokens trained on,
+    mean loss since the point before); tau: (tokens trained on, τ held out). example: one generated conversation in
+    pieces, each with whether the drafter learned from it, because the target wrote it.
     """
 
     role: str
-    config: EagleConfig
+    draft_vocab_size: int
+    feature_layers: Sequence[int]
     training: TrainingRecord
     num_parameters: int
     num_bytes: int
@@ -44,15 +44,16 @@ def format_shares(acceptance: Acceptance) -> str:
 
 def rows(facts: DrafterFacts) -> list[tuple[str, str]]:
     """What one table of the report says, as (name, value)."""
-    training, config = facts.training, facts.config
+    training = facts.training
+    reads = ", ".join(map(str, facts.feature_layers))
     return [
         ("τ, tokens a call of the target, as served", f"{training.served.tau:.3f}"),
         ("acceptance by position, as served", " / ".join(f"{share:.3f}" for share in training.served.by_position)),
         ("weights as served", training.served_form),
         ("τ with the weights as trained", f"{training.plain.tau:.3f}"),
-        ("MBSU", f"{training.mbsu:.2f} at a cost of {training.cost_ratio:.1%} of the target's bytes"),
-        ("draft vocabulary", f"{config.draft_vocab_size} tokens"),
-        ("reads what enters layers", ", ".join(map(str, config.feature_layers))),
+        ("MBSU", f"{training.mbsu:.2f} at a cost of {training.cost_ratio:.1%} of the bytes of the model above"),
+        ("draft vocabulary", f"{facts.draft_vocab_size} tokens"),
+        *([("reads what enters layers", reads)] if reads else []),
         ("trained on", f"{training.tokens:,} tokens" + (f" in {training.seconds:.0f} s" if training.seconds else "")),
         ("size", f"{facts.num_bytes / 1e6:.1f} MB, {facts.num_parameters / 1e6:.2f} M parameters"),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -10,7 +11,8 @@ from pathlib import Path
 from pipeline.stages.eagle import HEAD
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-HEAD_ROLES = ("eagle-target",)
+HEAD_ROLES = ("eagle-target", "eagle-intermediate")
+INTERMEDIATE = "intermediate"
 Place = Callable[[Path, Path], object]
 
 
@@ -35,10 +37,19 @@ def assemble(inputs: dict[str, Path], bundle: Path, place: Place = shutil.copyfi
     put_directory(inputs["quantize"] / "model", "target")
     if (inputs["quantize"] / "twin").is_dir():
         put_directory(inputs["quantize"] / "twin", "target-w4a16")
+    if f"quantize-{INTERMEDIATE}" in inputs:
+        put_directory(inputs[f"quantize-{INTERMEDIATE}"] / "model", INTERMEDIATE)
+        put_directory(inputs[f"measure-{INTERMEDIATE}"] / "record", INTERMEDIATE)
     for role in HEAD_ROLES:
         if role in inputs:
             put_directory(inputs[role] / HEAD, role)
     return components
+
+
+def has_float_minima(inputs: dict[str, Path]) -> bool:
+    """Whether a model among `inputs` uses the extension `weight_min`."""
+    found = [inputs[role] / "stats.json" for role in ("quantize", f"quantize-{INTERMEDIATE}") if role in inputs]
+    return any(json.loads(path.read_text())["float_minima"] for path in found)
 
 
 def link_or_copy(source: Path, out: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +44,8 @@ class LossLog:
         ]
 
 
-def write_history(path: Path, loss: LossLog, evaluations: Sequence[Evaluation], *, with_seconds: bool) -> None:
-    """history.json: {"training": the loss curve, "evaluations": [{"step", "tokens", "seconds", "metrics"}]}.
+def history(loss: LossLog, evaluations: Sequence[Evaluation], *, with_seconds: bool) -> dict[str, Any]:
+    """{"training": the loss curve, "evaluations": [{"step", "tokens", "seconds", "metrics"}]}.
 
     with_seconds: seconds of training before each evaluation, otherwise null: they are part of the result only where
     time is the budget.
@@ -59,7 +59,12 @@ def write_history(path: Path, loss: LossLog, evaluations: Sequence[Evaluation], 
         }
         for each in evaluations
     ]
-    path.write_text(json.dumps({"training": loss.curve(), "evaluations": found}, indent=1) + "\n", encoding="utf-8")
+    return {"training": loss.curve(), "evaluations": found}
+
+
+def write_history(path: Path, content: Mapping[str, Any]) -> None:
+    """history.json."""
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _parts(rows: list[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:

@@ -83,8 +83,8 @@ def measure_sizes(
         config=replace(head.config, draft_vocab_size=best.size),
         weights=weights,
         draft_ids=draft_ids[kept],
-        served=_acceptance(replays[best.size]),
-        plain=_acceptance(plain),
+        served=share_of_rounds(replays[best.size]),
+        plain=share_of_rounds(plain),
         cost_ratio=best.drafter_bytes / target_bytes,
         choices=tuple(choices),
     )
@@ -107,6 +107,6 @@ def _served(head: EagleHead, weights: Weights, target: ModelDirectory) -> EagleH
     return served.to(head.fc.weight.device)
 
 
-def _acceptance(replay: Replay) -> Acceptance:
+def share_of_rounds(replay: Replay) -> Acceptance:
     """Shares of all rounds, so that τ is about 1 + their sum (a text's last rounds draft past its end)."""
     return Acceptance(tuple(accepted / replay.rounds for accepted in replay.accepted), replay.tau)

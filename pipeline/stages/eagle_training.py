@@ -5,7 +5,6 @@ Imported by the stage only when it builds: everything here needs torch.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,32 +12,31 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from deploy.formats.draft_vocabulary import read_draft_vocabulary
 from deploy.formats.eagle_config import EagleConfig
 from deploy.formats.eagle_record import TrainingRecord
 from deploy.formats.model_dir import ModelDirectory
 from deploy.runtime.cpu_backend import CpuBackend
 from pipeline.graph import BuildContext
 from pipeline.report.drafter import summary_line
-from pipeline.stages.eagle import HEAD, HISTORY, feature_layers, train_settings
-from pipeline.stages.eagle_history import LossLog, write_history
+from pipeline.stages.eagle import HEAD, HISTORY, feature_layers
+from pipeline.stages.eagle_history import history, write_history
 from pipeline.stages.eagle_inputs import count_vocabulary, read_heldout, read_owner
 from pipeline.stages.eagle_measure import Measured, measure_sizes, write_head
 from pipeline.stages.features import RuntimeFeatures, compare_features
-from pipeline.stages.served_form import SERVED_FORM
+from pipeline.stages.intermediate import MEASURED
+from pipeline.stages.served_form import SERVED_FORM, read_bytes
+from pipeline.stages.training import remove_traces, run_training, train_settings
 from train.data.conversations import Conversation, read_conversations
 from train.eagle.head import EagleHead
 from train.eagle.initial import make_teacher, start_from_target, target_embedding
 from train.eagle.objective import TrainingTimeTest
 from train.eagle.rollout import HeldOut
 from train.eagle.task import EagleTask
-from train.loop.loop import train
-from train.loop.settings import TrainSettings
 from train.loop.state import TrainResult
 from train.vocabulary import keep_most_frequent, vocabulary_maps
 
-CHECKPOINTS = "checkpoints"
-LOSS = "loss.jsonl"
-PERCENT = 100
+Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -63,18 +61,25 @@ def train_head(unkeyed: dict[str, Any], threads: int | None, context: BuildConte
         compared = compare_features(source, model_dir, _sample(context, data.train))
         columns = tuple(source.layers.index(layer) for layer in layers)
         heldout = HeldOut(data.heldout, source, columns)
-        draft_ids = keep_most_frequent(data.counts, config["vocabulary"]["size"], target.eos_token_ids)
+        above_ids = _vocabulary_above(context, target.shape.vocab_size)
+        size = min(config["vocabulary"]["size"], len(above_ids))
+        draft_ids = keep_most_frequent(_only(data.counts, above_ids), size, target.eos_token_ids)
         task, head = _make_task(context, target, layers, columns, heldout, draft_ids)
-        result = _train(context, task, data.train, settings, source)
+        result, loss = run_training(context, task, data.train, settings, "training the head", features=source)
         measured = measure_sizes(
-            head, heldout, target, data.counts, draft_ids, config["vocabulary"]["trim"], backend.weight_bytes
+            head,
+            heldout,
+            target,
+            _only(data.counts, above_ids),
+            draft_ids,
+            [smaller for smaller in config["vocabulary"]["trim"] if smaller < size],
+            read_bytes(backend, len(above_ids)),
         )
     is_timed = settings.max_seconds is not None
     record = _record(config, measured, result, data, is_timed=is_timed)
     write_head(context.out / HEAD, measured, owner, record)
-    write_history(context.out / HISTORY, LossLog(context.out / LOSS), result.evaluations, with_seconds=is_timed)
-    shutil.rmtree(context.out / CHECKPOINTS)
-    (context.out / LOSS).unlink()
+    write_history(context.out / HISTORY, history(loss, result.evaluations, with_seconds=is_timed))
+    remove_traces(context)
     _summarize(context, record, measured, result, compared, is_timed=is_timed)
 
 
@@ -84,6 +89,21 @@ def _read_data(context: BuildContext, vocab_size: int) -> _Data:
     tokenizer = context.inputs["target"] / "model" / "tokenizer.json"
     counts = count_vocabulary(config["vocabulary"]["counts"], conversations, tokenizer, vocab_size)
     return _Data(conversations, read_heldout(generated, config["heldout_conversations"]), counts)
+
+
+def _vocabulary_above(context: BuildContext, vocab_size: int) -> Ids:
+    """The tokens that the model above may choose: all of the target's; of an intermediate, those that it may draft."""
+    if "measure" not in context.inputs:
+        return np.arange(vocab_size)
+    ids = read_draft_vocabulary(context.inputs["measure"] / MEASURED, vocab_size)
+    return np.arange(vocab_size) if ids is None else ids
+
+
+def _only(counts: Ids, ids: Ids) -> Ids:
+    """`counts` of these tokens; every other token comes behind them, however often it occurs."""
+    found = np.full_like(counts, -1)
+    found[ids] = counts[ids]
+    return found
 
 
 def _sample(context: BuildContext, conversations: Sequence[Conversation]) -> list[Any]:
@@ -99,7 +119,7 @@ def _make_task(
     layers: tuple[int, ...],
     columns: tuple[int, ...],
     heldout: HeldOut,
-    draft_ids: npt.NDArray[np.int64],
+    draft_ids: Ids,
 ) -> tuple[EagleTask, EagleHead]:
     """A head that starts from the target, and what it is to learn. columns: places of `layers` among the features."""
     import torch
@@ -127,36 +147,6 @@ def _make_task(
         teacher_column=len({*layers, target.shape.num_layers}) - 1,
     )
     return EagleTask(head, objective, heldout, ids.to(device), config["num_drafted"]), head
-
-
-def _train(
-    context: BuildContext, task: EagleTask, conversations: Sequence[Conversation], settings: TrainSettings, source: Any
-) -> TrainResult:
-    loss = LossLog(context.out / LOSS)
-
-    def on_log(step: int, metrics: dict[str, float]) -> None:
-        loss.add(step, metrics)
-        context.tracker.log(context.stage, metrics, step)
-
-    with context.progress(PERCENT, "training the head", "%") as bar:
-        shown = 0
-
-        def on_progress(share: float, _seconds_left: float) -> None:
-            nonlocal shown
-            reached = int(share * PERCENT)
-            bar.update(reached - shown)
-            shown = reached
-
-        return train(
-            task,
-            conversations,
-            settings,
-            context.out / CHECKPOINTS,
-            seed=context.seed,
-            features=source,
-            on_log=on_log,
-            on_progress=on_progress,
-        )
 
 
 def _record(

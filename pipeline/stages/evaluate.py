@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.graph import BuildContext
-from pipeline.stages.assemble import assemble, link_or_copy
+from pipeline.stages.assemble import assemble, has_float_minima, link_or_copy
 from pipeline.stages.calibrate import SAMPLES
 
 if TYPE_CHECKING:
@@ -92,14 +92,13 @@ def _open(context: BuildContext, directory: Path) -> Bundle:
     for name in REQUIRED_FILES:
         if not (directory / name).exists():
             (directory / name).write_text("")
-    stats = json.loads((context.inputs["quantize"] / "stats.json").read_text())
     manifest = write_manifest(
         directory,
         name="evaluated",
         components=components,
         provenance={},
         licence="",
-        extensions=["weight_min"] if stats["float_minima"] else [],
+        extensions=["weight_min"] if has_float_minima(context.inputs) else [],
     )
     return Bundle(directory, manifest)
 

@@ -14,11 +14,10 @@ from pipeline.manifest import Manifest
 from pipeline.report.drafter import summary_line as drafter_line
 from pipeline.report.evaluation import summary_lines as speed_lines
 from pipeline.report.quality_table import QualityRow, as_text, caption
-from pipeline.stages.assemble import assemble
+from pipeline.stages.assemble import assemble, has_float_minima
 from pipeline.stages.calibrate import SAMPLES
 from pipeline.stages.evaluate import PLAN, RESULT
-from pipeline.stages.export_drafter import ROLE as DRAFTER
-from pipeline.stages.export_drafter import drafter_facts
+from pipeline.stages.export_drafter import drafters_facts
 
 if TYPE_CHECKING:
     from pipeline.report.documents import Facts
@@ -33,13 +32,13 @@ def build(context: BuildContext) -> None:
 
     bundle = context.out / "bundle"
     components = assemble(context.inputs, bundle)
-    drafter = drafter_facts(context, bundle) if DRAFTER in context.inputs else None
+    drafters = drafters_facts(context, bundle)
     evaluation = _evaluation(context, bundle)
     rows = quality_rows(context)
     stats = _read_json(context.inputs["quantize"] / "stats.json")
     source = _read_json(context.inputs["target"] / "source.json")
     provenance = _provenance(context, source)
-    facts = _facts(context, rows, stats, source, provenance, drafter=drafter, evaluation=evaluation)
+    facts = _facts(context, rows, stats, source, provenance, drafters=drafters, evaluation=evaluation)
     _write_documents(bundle, facts)
     write_manifest(
         bundle,
@@ -48,12 +47,13 @@ def build(context: BuildContext) -> None:
         provenance=provenance,
         licence=source["licence"],
         quality=[row.as_dict() for row in rows],
-        extensions=["weight_min"] if stats["float_minima"] else [],
+        extensions=["weight_min"] if has_float_minima(context.inputs) else [],
     )
     context.summary["quality"] = [row.as_dict() for row in rows]
     context.summary["table"] = [*as_text(rows), caption(rows)]
-    if drafter is not None:
-        context.summary["table"] += ["", drafter_line(drafter.role, drafter.training.served, drafter.num_bytes)]
+    if drafters:
+        lines = [drafter_line(found.role, found.training.served, found.num_bytes) for found in drafters]
+        context.summary["table"] += ["", *lines]
     if evaluation is not None:
         context.summary["table"] += ["", *speed_lines(evaluation)]
         context.summary["is_reproducible"] = False
@@ -129,7 +129,7 @@ def _facts(
     source: dict[str, Any],
     provenance: dict[str, Any],
     *,
-    drafter: DrafterFacts | None,
+    drafters: list[DrafterFacts],
     evaluation: dict[str, Any] | None,
 ) -> Facts:
     from pipeline.report.documents import Facts
@@ -143,7 +143,7 @@ def _facts(
         samples=_sample_counts(context.inputs["calibrate"] / SAMPLES),
         examples=_examples(context.inputs["calibrate"] / SAMPLES),
         provenance=json.dumps(provenance, indent=2),
-        drafter=drafter,
+        drafters=drafters,
         evaluation=evaluation,
     )
 

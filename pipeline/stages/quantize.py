@@ -18,31 +18,31 @@ OBSERVERS = {"minmax": "memoryless_minmax", "mse": "memoryless_mse", "imatrix_ms
 TWIN_GRID = WeightGrid(bits=4, group_size=32, symmetric=False)
 
 
-def check(config: dict[str, Any], read_shape: Callable[[], ModelShape]) -> None:
+def check(config: dict[str, Any], read_shape: Callable[[], ModelShape], key: str = "quantize") -> None:
     """Raises ValueError on a grid that this model or this runtime cannot have.
 
-    read_shape: () → the target's ModelShape; called only when the method has a group size.
+    read_shape: () → the model's ModelShape; called only when the method has a group size. key: of the configuration.
     """
     if "bits" in config and config["bits"] not in (4, 8):
-        raise ValueError(f"quantize.bits={config['bits']} is not supported; use 4 or 8")
+        raise ValueError(f"{key}.bits={config['bits']} is not supported; use 4 or 8")
     if config.get("dampening", 1) <= 0:
-        raise ValueError(f"quantize.dampening={config['dampening']} must be above 0; 0.01 is usual")
+        raise ValueError(f"{key}.dampening={config['dampening']} must be above 0; 0.01 is usual")
     if config["method"] == "rtn" and config["observer"] == "imatrix_mse":
         raise ValueError(
-            "quantize.observer=imatrix_mse weighs by calibrated inputs, of which rtn has none; use minmax or mse (for"
+            f"{key}.observer=imatrix_mse weighs by calibrated inputs, of which rtn has none; use minmax or mse (for"
             " the comparison beside another method: quality.variants.rtn.observer=mse)"
         )
     if config.get("num_samples") is not None and config["num_samples"] < 1:
-        raise ValueError(f"quantize.num_samples={config['num_samples']} must be 1 or more; null takes all")
+        raise ValueError(f"{key}.num_samples={config['num_samples']} must be 1 or more; null takes all")
     if config["method"] == "q4_0":
-        check_group_size(read_shape(), 32)
+        check_group_size(read_shape(), 32, key)
     if "group_size" in config:
         if config["group_size"] not in (32, 64, 128):
-            raise ValueError(f"quantize.group_size={config['group_size']} is not supported; use 32, 64 or 128")
-        check_group_size(read_shape(), config["group_size"])
+            raise ValueError(f"{key}.group_size={config['group_size']} is not supported; use 32, 64 or 128")
+        check_group_size(read_shape(), config["group_size"], key)
 
 
-def check_calibration(config: dict[str, Any], calibrate: dict[str, Any]) -> None:
+def check_calibration(config: dict[str, Any], calibrate: dict[str, Any], key: str = "quantize") -> None:
     """Raises ValueError when the method calibrates on a group of which `calibrate` makes no samples."""
     if config["method"] != "gptq":
         return
@@ -52,13 +52,13 @@ def check_calibration(config: dict[str, Any], calibrate: dict[str, Any]) -> None
     missing = [group for group in config["calibration"] or [] if group not in made]
     if missing or not made:
         raise ValueError(
-            f"quantize.calibration={config['calibration']}: calibrate makes no {', '.join(missing) or 'samples'}"
+            f"{key}.calibration={config['calibration']}: calibrate makes no {', '.join(missing) or 'samples'}"
             f" (it makes: {', '.join(made) or 'none'}); choose among these or raise calibrate's budgets"
         )
     num_made = sum(calibrate[g if g in calibrate else "text"]["num_samples"] for g in config["calibration"] or made)
     if (config["num_samples"] or 0) > num_made:
         raise ValueError(
-            f"quantize.num_samples={config['num_samples']}: calibrate makes only {num_made}; raise its budgets"
+            f"{key}.num_samples={config['num_samples']}: calibrate makes only {num_made}; raise its budgets"
         )
 
 

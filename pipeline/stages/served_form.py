@@ -7,12 +7,16 @@ file holds bfloat16, so that rounding comes first. Activations stay float32 here
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from deploy.formats.safetensors_file import from_bfloat16, to_bfloat16
 from deploy.kernels.reference.linear import GROUP, quantize_groups
+
+if TYPE_CHECKING:
+    from deploy.runtime.cpu_backend import CpuBackend
 
 Float32 = npt.NDArray[np.float32]
 
@@ -35,3 +39,13 @@ def as_served(weights: Mapping[str, Float32]) -> dict[str, Float32]:
 def served_bytes(weights: Mapping[str, Float32]) -> int:
     """Memory of the head's matrices and vectors (float32) as the runtime holds them."""
     return round(sum(v.size * (BYTES_PER_WEIGHT if v.ndim == 2 else 4) for v in weights.values()))
+
+
+def read_bytes(backend: CpuBackend, num_head_rows: int) -> int:
+    """Memory that a token reads of a model whose head has `num_head_rows` rows: its layers, its norms, its head.
+
+    backend: with its whole head. Of the embedding a token looks up one row, which is not counted; where embedding and
+    head are one matrix, that is the head.
+    """
+    shape = backend.shape
+    return round(backend.weight_bytes - (shape.vocab_size - num_head_rows) * shape.hidden_size * BYTES_PER_WEIGHT)

@@ -22,6 +22,8 @@ CHOICES = [name.removesuffix(".yaml") for name in FILES if "/" in name and not n
 NEEDED = {
     "target/gguf": ["target.name=x", "target.path=y"],
     "target/hf": ["target.name=x", "target.path=y"],
+    "intermediate/checkpoint": ["intermediate.initial.path=x"],
+    "intermediate/initial/checkpoint": ["intermediate.initial.path=x"],
     "generate/engine/server": ["generate.engine.url=x", "generate.engine.model=y"],
 }
 
@@ -44,6 +46,8 @@ def composed() -> Iterator[Compose]:
 
 
 def override(choice: str) -> str:
+    if choice == "intermediate/train/loop":  # a group that is used twice is named with its place
+        return "intermediate/train@intermediate.align.train=loop"
     return "=".join(choice.rsplit("/", 1))
 
 
@@ -55,7 +59,17 @@ def test_this_is_the_tree_that_the_program_reads() -> None:
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_composes_with_no_value_missing(composed: Compose, choice: str) -> None:
     config = composed(override(choice), *NEEDED.get(choice, []))
-    assert set(config) >= {"target", "calibrate", "quantize", "quality", "generate", "eagle", "evaluate", "tracking"}
+    assert set(config) >= {
+        "target",
+        "calibrate",
+        "quantize",
+        "quality",
+        "generate",
+        "eagle",
+        "intermediate",
+        "evaluate",
+        "tracking",
+    }
 
 
 @pytest.mark.parametrize("method", [c for c in CHOICES if c.startswith("quantize/")])
@@ -89,6 +103,12 @@ def test_every_file_begins_with_a_sentence_in_words(name: str) -> None:
         "generate.number=3",
         "generate/engine=cloud",
         "eagle=eagle4",
+        "intermediate=small",
+        "intermediate.phases=[align,distil]",
+        "intermediate/initial=svd",
+        "intermediate.align.loss=tvd",
+        "intermediate.align.lora.dropout=0.1",
+        "eagle@eagle_intermediate=eagle4",
         "eagle.unroll=3",
         "eagle.embedding=borrowed",
         "eagle.vocabulary.counts=guessed",
@@ -113,6 +133,9 @@ def test_an_unknown_key_or_value_fails(composed: Compose, wrong: str) -> None:
         ("quantize=keep", "quantize.bits=8"),
         ("quantize=q4_0", "quantize.group_size=64"),
         ("eagle=none", "eagle.unrolls=3"),
+        ("intermediate=none", "intermediate.trains_ends=true"),
+        ("intermediate=layers", "intermediate.initial.hidden_size=320"),
+        ("intermediate=random", "intermediate.initial.layers=[0]"),
         ("evaluate=none", "evaluate.num_prompts=3"),
         ("generate/engine=runtime", "generate.engine.url=x"),
     ],

@@ -20,7 +20,9 @@ import pytest
 pytestmark = pytest.mark.slow
 
 SMOKE = "experiment=smoke"
-ALL = {"target", "calibrate", "generate", "eagle-target", "evaluate", "export"} | {
+NO_DRAFTER = ("eagle=none", "intermediate=none")
+SECOND = {"intermediate", "quantize-intermediate", "measure-intermediate", "eagle-intermediate"}
+ALL = {"target", "calibrate", "generate", "eagle-target", *SECOND, "evaluate", "export"} | {
     f"{kind}{which}" for kind in ("quantize", "quality") for which in ("", "-rtn", "-keep", "-q4_0")
 }
 
@@ -137,7 +139,7 @@ def test_the_file_loads_in_plain_transformers_with_our_logits(place: Any) -> Non
 def test_another_group_size_rebuilds_what_depends_on_it_and_says_why(tools: Any, place: Any) -> None:
     said = tools.verdicts(place.run(SMOKE, "quantize.group_size=64", "name=other"))
     built = {instance for instance, verdict in said.items() if verdict != "reused"}
-    drafter = {"generate", "eagle-target"}  # of other words
+    drafter = {"generate", "eagle-target", *SECOND}  # of other words
     assert built == {"quantize", "quantize-rtn", "quality", "quality-rtn", "evaluate", "export"} | drafter
     assert said["quantize"] == "building: quantize.group_size 32 → 64"
     assert said["quantize-rtn"] == "building: quantize.group_size 32 → 64"
@@ -151,7 +153,7 @@ def test_keep_with_a_twin_makes_a_bundle_that_others_can_load(tools: Any, place:
     from compress.load import load_float32
 
     said = tools.verdicts(
-        place.run(SMOKE, "quantize=keep", "quantize.twin=true", "quality=none", "eagle=none", "name=kept")
+        place.run(SMOKE, "quantize=keep", "quantize.twin=true", "quality=none", *NO_DRAFTER, "name=kept")
     )
     assert said["target"] == said["calibrate"] == "reused"
     verified = place.deploy("verify", "bundles/kept")

@@ -45,8 +45,32 @@ DRAFTER = (
     "eagle.train.max_length=256",
     "eagle.train.evaluate_every=0.5",
     "eagle.train.checkpoint_every_seconds=0.2",
+    "intermediate.initial.num_layers=1",
+    "intermediate.vocabulary.size=512",
+    "intermediate.vocabulary.trim=[256]",
+    "intermediate.min_acceptance=0",
+    *(
+        f"intermediate.{phase}.train.{setting}"
+        for phase in ("pretrain", "align")
+        for setting in (
+            "max_seconds=null",
+            "max_tokens=3000",
+            "tokens_per_batch=256",
+            "max_length=256",
+            "evaluate_every=0.5",
+            "checkpoint_every_seconds=0.2",
+        )
+    ),
+    "eagle_intermediate.vocabulary.size=512",
+    "eagle_intermediate.vocabulary.trim=[256]",
+    "eagle_intermediate.compared_conversations=1",
+    "eagle_intermediate.min_acceptance=0",
+    "eagle_intermediate.train.max_seconds=null",
+    "eagle_intermediate.train.max_tokens=2000",
+    "eagle_intermediate.train.tokens_per_batch=256",
+    "eagle_intermediate.train.max_length=256",
 )
-PLAIN = (*HF, "eagle=none")
+PLAIN = (*HF, "eagle=none", "intermediate=none")
 
 
 def check_bundle(place: Any) -> dict[str, Any]:
@@ -87,7 +111,7 @@ def test_the_second_run_reuses_everything(tools: Any, trained: Any) -> None:
     place, _ = trained
     second = tools.verdicts(place.run(*HF, *DRAFTER, "seed=3"))
     assert set(second.values()) == {"reused"}
-    assert len(second) == 12
+    assert len(second) == 16
 
 
 def test_the_head_is_in_the_bundle_with_its_worth_and_the_run_ends_with_it(trained: Any) -> None:
@@ -131,32 +155,86 @@ def check_head(place: Any, manifest: dict[str, Any]) -> None:
     assert drafter["target"] == quantized["content"]
     assert drafter["draft_vocab_size"] in (256, 512)
     assert len(drafter["acceptance"]["by_position"]) == 4
-    (built,) = (place.path / "artifacts" / "eagle").glob("*/manifest.json")
+    heads = (place.path / "artifacts" / "eagle").glob("*/manifest.json")
+    (built,) = (path for path in heads if json.loads(path.read_text())["instance"] == "eagle-target")
     assert {path.name for path in built.parent.iterdir()} == {"head", "history.json", "manifest.json"}
     summary = json.loads(built.read_text())["summary"]
     assert summary["features"]["reference_equal_bits"]
     assert summary["is_reproducible"]
 
 
+MODES = ("chain", "cascade", "cascade-lookup")
+
+
+@pytest.mark.parametrize("temperature", ["0", "0.9"])
+def test_every_use_of_the_intermediate_gives_the_text_of_the_target_alone(trained: Any, temperature: str) -> None:
+    place, _ = trained
+    asked = ("generate", "bundles/tiny", "-p", "Why is it so?", "-n", "24", "--temperature", temperature, "--json")
+    plain, *drafted = (json.loads(place.deploy(*asked, "--mode", mode).stdout) for mode in ("plain", *MODES))
+    assert plain["text"]
+    assert [found["text"] for found in drafted] == [plain["text"]] * len(MODES)
+
+
+def test_the_evaluation_runs_every_use_of_the_intermediate(trained: Any) -> None:
+    place, _ = trained
+    (path,) = (place.path / "artifacts" / "evaluate").glob("*/evaluate.json")
+    modes = json.loads(path.read_text())["modes"]
+    assert {mode: modes[mode]["identical_to_plain"]["same"] for mode in MODES} == dict.fromkeys(MODES, 4)
+
+
+def test_the_intermediate_and_its_head_are_in_the_bundle_each_bound_to_what_it_drafts_for(trained: Any) -> None:
+    place, said = trained
+    for role in ("intermediate", "eagle-intermediate"):
+        assert re.search(rf"^{role}  τ \d\.\d\d at 4 drafted tokens \(held-out, greedy\)", said, re.MULTILINE)
+    bundle = place.path / "bundles" / "tiny"
+    components = json.loads((bundle / "manifest.json").read_text())["components"]
+    built = (json.loads(path.read_text()) for path in (place.path / "artifacts").glob("quantize/*/manifest.json"))
+    contents = {manifest["instance"]: manifest["content"] for manifest in built}
+    drafters = {role: components[role]["drafter"] for role in components if "drafter" in components[role]}
+    assert drafters["intermediate"]["target"] == drafters["eagle-target"]["target"] == contents["quantize"]
+    assert drafters["eagle-intermediate"]["target"] == contents["quantize-intermediate"]
+    ids = json.loads((bundle / "intermediate" / "draft_vocabulary.json").read_text())["ids"]
+    assert drafters["intermediate"]["draft_vocab_size"] == len(ids) and len(ids) in (256, 512)
+    report = (bundle / "report.html").read_text()
+    assert all(f"<h3>{role}</h3>" in report for role in drafters)
+
+
 @pytest.mark.slow
-def test_a_training_that_is_killed_goes_on_and_ends_in_the_same_head(
-    tools: Any, tiny_directory: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("stage", "kind", "budget", "checkpoints", "written"),
+    [
+        ("eagle-target", "eagle", "eagle.train", "checkpoints", "head"),
+        ("intermediate", "intermediate", "intermediate.align.train", "checkpoints/align", "model"),
+    ],
+)
+def test_a_training_that_is_killed_goes_on_and_ends_in_the_same_drafter(
+    tools: Any,
+    tiny_directory: Callable[..., Path],
+    tmp_path: Path,
+    stage: str,
+    kind: str,
+    budget: str,
+    checkpoints: str,
+    written: str,
 ) -> None:
     place = tools.Workplace(tmp_path)
     tiny_directory(tmp_path / "model", "llama")
     write_prompts(tmp_path)
-    asked = (*HF, *DRAFTER, "quality=none", "stage=eagle", "eagle.train.max_tokens=30000")
+    asked = (*HF, *DRAFTER, "quality=none", f"stage={stage}", f"{budget}.max_tokens=30000")
     place.run(*asked, "store=whole")
-    (whole,) = (tmp_path / "whole" / "eagle").glob("*/head")
+    (whole,) = (tmp_path / "whole" / kind).glob(f"*/{written}")
     process = place.start(*asked)
-    wait_for(lambda: list((tmp_path / "artifacts").glob("eagle/*.partial/checkpoints/checkpoint-*[0-9]")), process)
+    wait_for(lambda: list((tmp_path / "artifacts").glob(f"{kind}/*.partial/{checkpoints}/checkpoint-*[0-9]")), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     said = place.run(*asked)
     assert "training goes on from" in said
-    (resumed,) = (tmp_path / "artifacts" / "eagle").glob("*/head")
-    for name in ("config.json", "model.safetensors", "training.json"):
+    (resumed,) = (tmp_path / "artifacts" / kind).glob(f"*/{written}")
+    names = {path.name for path in whole.iterdir()}
+    assert {path.name for path in resumed.iterdir()} == names >= {"config.json", "model.safetensors"}
+    for name in names:
         assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+    assert (resumed.parent / "history.json").read_bytes() == (whole.parent / "history.json").read_bytes()
 
 
 def wait_for(is_there: Callable[[], Any], process: Any) -> None:

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-from deploy.formats.architectures import ModelShape
-from deploy.formats.eagle_config import EagleConfig
 from deploy.formats.eagle_record import Acceptance, TrainingRecord
 from pipeline.report.documents import Facts, html_report, model_card
 from pipeline.report.drafter import DrafterFacts, summary_line
@@ -19,16 +17,6 @@ from pipeline.report.quality_table import QualityRow
 
 VALUES = {"perplexity": 16.5, "kl": 0.03, "agreement": 0.9, "num_tokens": 4088}
 PRECISION = {"lossy": True, "bits_per_weight": 5.74}
-TARGET = {
-    "model_type": "llama",
-    "num_hidden_layers": 30,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
-}
 NASTY = "<script>alert('x')</script> & {{ 7 * 7 }}"
 
 
@@ -57,17 +45,10 @@ def facts() -> Facts:
 @pytest.fixture
 def drafter() -> DrafterFacts:
     served, plain = Acceptance((0.45, 0.254, 0.15, 0.1), 1.954), Acceptance((0.5, 0.3, 0.2, 0.1), 2.1)
-    config = EagleConfig.for_target(
-        ModelShape.from_config(TARGET),
-        draft_vocab_size=7000,
-        feature_layers=(2, 15, 27),
-        norm_before_residual=True,
-        num_drafted=4,
-        embedding="reference",
-    )
     return DrafterFacts(
         role="eagle-target",
-        config=config,
+        draft_vocab_size=7000,
+        feature_layers=(2, 15, 27),
         training=TrainingRecord(912_345, 420.4, served, "int8, groups of 32", plain, 0.031, 1.61, {}, {}),
         num_parameters=2_540_000,
         num_bytes=5_100_000,
@@ -125,7 +106,7 @@ def test_the_same_facts_give_the_same_bytes(facts: Facts) -> None:
 def test_a_drafter_is_shown_with_its_worth_its_curves_and_what_it_learned_from(
     facts: Facts, drafter: DrafterFacts
 ) -> None:
-    html = html_report(replace(facts, drafter=drafter))
+    html = html_report(replace(facts, drafters=[drafter]))
     assert parse(html).tags.count("svg") == 5
     for text in (
         "0.450 / 0.254 / 0.150 / 0.100",
@@ -148,7 +129,7 @@ def test_without_a_drafter_nothing_is_said_of_one(facts: Facts) -> None:
 def test_the_card_says_of_a_drafter_what_the_terminal_says(facts: Facts, drafter: DrafterFacts) -> None:
     line = summary_line("eagle-target", drafter.training.served, 5_100_000)
     assert line == ("eagle-target  τ 1.95 at 4 drafted tokens (held-out, greedy) · acceptance .45/.25/.15/.10 · 5.1 MB")
-    assert f"`{line}`" in model_card(replace(facts, drafter=drafter))
+    assert f"```\n{line}\n```" in model_card(replace(facts, drafters=[drafter]))
 
 
 def test_an_evaluation_is_shown_in_both_documents_and_nothing_where_there_is_none(facts: Facts) -> None:

@@ -73,7 +73,7 @@ def model(tmp_path: Path) -> Path:
     return directory
 
 
-HF = ("target=hf", "target.name=x", "target.path=model", "eagle=none")
+HF = ("target=hf", "target.name=x", "target.path=model", "eagle=none", "intermediate=none")
 GGUF = ("target=gguf", "target.name=x", "target.path=model.gguf")
 
 

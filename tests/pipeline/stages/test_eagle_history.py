@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.stages.eagle_history import POINTS, LossLog, write_history
+from pipeline.stages.eagle_history import POINTS, LossLog, history, write_history
 from train.loop.state import Evaluation
 
 
@@ -53,6 +53,7 @@ def test_the_curve_has_few_points_that_average_all_rows(tmp_path: Path, num_rows
 @pytest.mark.parametrize("with_seconds", [True, False])
 def test_seconds_are_written_only_where_time_was_the_budget(tmp_path: Path, with_seconds: bool) -> None:
     evaluations = [Evaluation(7, 700, 12.34, {"tau": 1.5})]
-    write_history(tmp_path / "h.json", LossLog(tmp_path / "none"), evaluations, with_seconds=with_seconds)
+    found = history(LossLog(tmp_path / "none"), evaluations, with_seconds=with_seconds)
+    write_history(tmp_path / "h.json", found)
     (written,) = json.loads((tmp_path / "h.json").read_text())["evaluations"]
     assert written == {"step": 7, "tokens": 700, "seconds": 12.3 if with_seconds else None, "metrics": {"tau": 1.5}}

@@ -21,7 +21,9 @@ from train.loop.settings import TrainSettings
 
 Graph = Callable[..., dict[str, Stage]]
 METHODS = ("", "-rtn", "-keep", "-q4_0")
-DRAFTER = ("generate", "eagle-target")
+SECOND = ("intermediate", "quantize-intermediate", "measure-intermediate", "eagle-intermediate")
+DRAFTER = ("generate", "eagle-target", *SECOND)
+NO_DRAFTER = ("eagle=none", "intermediate=none")
 END = ("evaluate", "export")
 
 
@@ -83,14 +85,20 @@ def test_each_stage_reads_what_it_needs(graph: Graph) -> None:
         assert inputs[f"quality{which}"] == expected
     assert inputs["generate"] == {"target": "target", "model": "quantize"}
     assert inputs["eagle-target"] == {"target": "target", "quantize": "quantize", "generate": "generate"}
-    models = {name: name for name in ("target", "calibrate", "quantize", "generate", "eagle-target")}
+    models = {name: name for name in ("target", "calibrate", "quantize", *DRAFTER)}
+    assert inputs["intermediate"] == {"target": "target", "generate": "generate"}
+    assert inputs["quantize-intermediate"] == {"target": "intermediate", "calibrate": "calibrate"}
+    read = ("target", "quantize", "generate", "intermediate", "quantize-intermediate")
+    assert inputs["measure-intermediate"] == {name: name for name in read}
+    above = {"quantize": "quantize-intermediate", "measure": "measure-intermediate"}
+    assert inputs["eagle-intermediate"] == {"target": "target", "generate": "generate", **above}
     assert inputs["evaluate"] == models
     assert inputs["export"] == {name: name for name in stages if name != "export"}
 
 
 def test_only_what_is_random_has_the_seed(graph: Graph) -> None:
     seeded = [name for name, stage in graph("seed=5").items() if stage.seed == 5]
-    assert seeded == ["calibrate", "generate", "eagle-target", "evaluate"]
+    assert seeded == ["calibrate", "generate", "eagle-target", "intermediate", "eagle-intermediate", "evaluate"]
 
 
 @pytest.mark.parametrize(
@@ -107,12 +115,13 @@ def test_the_bundles_own_method_is_not_compared_with_itself(graph: Graph, overri
     stages = graph(*overrides)
     assert f"quantize-{left_out}" not in stages
     assert f"quality-{left_out}" not in stages
-    assert len(stages) == 12
+    assert len(stages) == 16
 
 
 def test_keep_is_left_out_where_there_is_no_file_with_a_grid(graph: Graph, model_directory: Path) -> None:
     stages = graph("target=hf", "target.name=x", f"target.path={model_directory}")
-    assert {name for name in stages if name.startswith("quantize")} == {"quantize", "quantize-rtn", "quantize-q4_0"}
+    quantized = {name for name in stages if name.startswith("quantize")}
+    assert quantized == {"quantize", "quantize-rtn", "quantize-q4_0", "quantize-intermediate"}
 
 
 def test_keep_as_the_bundles_method_is_refused_there(graph: Graph, model_directory: Path) -> None:
@@ -186,11 +195,11 @@ def test_without_an_evaluation_nothing_measures_speed(graph: Graph) -> None:
 
 
 def test_without_a_drafter_the_target_alone_is_evaluated(graph: Graph) -> None:
-    assert set(graph("eagle=none")["evaluate"].inputs) == {"target", "calibrate", "quantize"}
+    assert set(graph(*NO_DRAFTER)["evaluate"].inputs) == {"target", "calibrate", "quantize"}
 
 
 def test_without_a_drafter_nothing_is_generated(graph: Graph) -> None:
-    assert set(graph()) - set(graph("eagle=none")) == set(DRAFTER)
+    assert set(graph()) - set(graph(*NO_DRAFTER)) == set(DRAFTER)
 
 
 def test_another_name_reaches_export_alone(graph: Graph) -> None:
@@ -276,7 +285,7 @@ def test_no_samples_to_calibrate_on_is_refused(graph: Graph) -> None:
 
 @pytest.mark.parametrize(
     "overrides",
-    [("evaluate.num_prompts=0", "evaluate.num_texts=0"), ("eagle=none", "evaluate.num_texts=0")],
+    [("evaluate.num_prompts=0", "evaluate.num_texts=0"), (*NO_DRAFTER, "evaluate.num_texts=0")],
 )
 def test_an_evaluation_without_prompts_is_refused(graph: Graph, overrides: tuple[str, ...]) -> None:
     stage = graph(*overrides)["evaluate"]

@@ -1,0 +1,110 @@
+"""Stages that a graph may hold for more than one model: a source made plain, its calibration, its quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from compress.target.sources import Source
+from pipeline.graph import Stage, lazy
+from pipeline.stages import calibrate
+
+TORCH = ("torch", "transformers")
+VERSIONS = {
+    "target": 1,
+    "calibrate": 1,
+    "quantize": 1,
+    "quality": 1,
+    "generate": 1,
+    "eagle": 1,
+    "intermediate": 1,
+    "measure": 1,
+    "evaluate": 1,
+    "export": 5,
+}
+"""Raised when a stage's code gives other bytes."""
+
+
+def target_stage(config: dict[str, Any], source: Source, instance: str = "target") -> Stage:
+    """A source as a plain model directory: the target, or another model under its own instance name."""
+    return Stage(
+        name="target",
+        instance=instance,
+        version=VERSIONS["target"],
+        config={"kind": source.kind, "revision": source.revision, "licence": config["licence"]},
+        build=partial(lazy("pipeline.stages.target:build"), source),
+        packages=("gguf",) if source.kind == "gguf" else ("transformers",),
+        fingerprint=source.fingerprint,
+        check=lambda _config: lazy("compress.target.inspect:check_source")(source),
+    )
+
+
+def calibrate_stage(config: dict[str, Any], seed: int, target: Stage) -> Stage:
+    """Samples for calibration, and held-out ones."""
+    unkeyed = {"path"}
+    text = {key: value for key, value in config["text"].items() if key not in unkeyed}
+    path = config["text"]["path"]
+    return Stage(
+        name="calibrate",
+        instance="calibrate",
+        version=VERSIONS["calibrate"],
+        config={**config, "text": text},
+        build=partial(lazy("pipeline.stages.calibrate:build"), path),
+        inputs={"target": target},
+        seed=seed,
+        packages=(*TORCH, "python"),
+        fingerprint=partial(calibrate.fingerprint, config),
+        check=partial(calibrate.check, path),
+    )
+
+
+def quantize_stage(
+    name: str,
+    config: dict[str, Any],
+    source: Source,
+    inputs: dict[str, Stage],
+    check: Callable[[dict[str, Any]], None],
+) -> Stage:
+    """A quantized model. name: the variant's. source: of the model, for a method that takes its grid.
+
+    inputs: `target`, the model; `calibrate`.
+    """
+    is_calibrated = config["method"] == "gptq"
+    return stage_of(
+        "quantize",
+        name,
+        config,
+        partial(lazy("pipeline.stages.quantize:build"), source),
+        {role: stage for role, stage in inputs.items() if role != "calibrate" or is_calibrated},
+        packages=(*TORCH, "llmcompressor", "compressed-tensors") if config["method"] in ("gptq", "rtn") else ("gguf",),
+        check=check,
+    )
+
+
+def stage_of(
+    kind: str,
+    name: str,
+    config: dict[str, Any],
+    build: str | Callable[..., Any],
+    inputs: dict[str, Stage],
+    *,
+    packages: tuple[str, ...],
+    check: Callable[[dict[str, Any]], None] | None = None,
+) -> Stage:
+    """A stage of which a graph may hold several; `name` is the variant's, "" the bundle's own."""
+    return Stage(
+        name=kind,
+        instance=role_of(kind, name),
+        version=VERSIONS[kind],
+        config=config,
+        build=lazy(build) if isinstance(build, str) else build,
+        inputs=inputs,
+        packages=packages,
+        check=check,
+    )
+
+
+def role_of(kind: str, name: str) -> str:
+    """The instance and role of a kind's variant `name`; "" is the bundle's own."""
+    return f"{kind}-{name}" if name else kind

@@ -1,0 +1,93 @@
+"""Training inside a stage: the loop with progress, metrics to the tracker, and a record of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.graph import BuildContext
+from pipeline.stages.eagle_history import LossLog
+
+if TYPE_CHECKING:
+    from train.features import FeatureSource
+    from train.loop.batches import TokenSequence
+    from train.loop.settings import TrainSettings
+    from train.loop.state import TrainResult
+    from train.loop.task import Task
+
+CHECKPOINTS = "checkpoints"
+LOSS = "loss.jsonl"
+UNKEYED = ("checkpoint_every_seconds", "feature_cache_gb", "prefetch")
+"""Settings that change nothing in the result."""
+PERCENT = 100
+
+
+def keyed_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a training's settings that enters a digest."""
+    return {key: value for key, value in config.items() if key not in UNKEYED}
+
+
+def unkeyed_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The part that does not."""
+    return {key: config[key] for key in UNKEYED}
+
+
+def train_settings(config: dict[str, Any]) -> TrainSettings:
+    """A configuration's training settings as the loop has them."""
+    from train.loop.settings import TrainSettings
+
+    return TrainSettings(**{**config, "betas": tuple(config["betas"])})
+
+
+def run_training(
+    context: BuildContext,
+    task: Task,
+    sequences: Sequence[TokenSequence],
+    settings: TrainSettings,
+    what: str,
+    *,
+    features: FeatureSource | None = None,
+    phase: str = "",
+) -> tuple[TrainResult, LossLog]:
+    """Trains into `context.out`, going on from the checkpoints of an interrupted build.
+
+    what: shown beside the progress. phase: where a stage trains more than once; metrics are then called `phase/…`.
+    """
+    from train.loop.loop import train
+
+    loss = LossLog(context.out / f"{phase}{LOSS}")
+
+    def on_log(step: int, metrics: dict[str, float]) -> None:
+        loss.add(step, metrics)
+        prefix = f"{phase}/" if phase else ""
+        context.tracker.log(context.stage, {f"{prefix}{name}": value for name, value in metrics.items()}, step)
+
+    with context.progress(PERCENT, what, "%") as bar:
+        shown = 0
+
+        def on_progress(share: float, _seconds_left: float) -> None:
+            nonlocal shown
+            reached = int(share * PERCENT)
+            bar.update(reached - shown)
+            shown = reached
+
+        result = train(
+            task,
+            sequences,
+            settings,
+            context.out / CHECKPOINTS / phase,
+            seed=context.seed,
+            features=features,
+            on_log=on_log,
+            on_progress=on_progress,
+        )
+    return result, loss
+
+
+def remove_traces(context: BuildContext) -> None:
+    """What only an interrupted training needs."""
+    import shutil
+
+    shutil.rmtree(context.out / CHECKPOINTS, ignore_errors=True)
+    for path in context.out.glob(f"*{LOSS}"):
+        path.unlink()
