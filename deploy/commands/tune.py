@@ -48,10 +48,11 @@ def _candidates_table(candidates: tuple[Candidate, ...]) -> object:
 
 
 def _sizes(candidate: Candidate) -> str:
-    limits = candidate.limits or getattr(candidate.drafter, "limits", None)
+    limits = getattr(candidate.drafter, "limits", None)
     if candidate.match_length is not None:
         return f"where the last {candidate.match_length} tokens occurred before"
     if limits is None:
         return ""
     sizes = f"depth {limits.depth}, width {limits.width}, nodes {limits.num_nodes}"
-    return f"{sizes}, while likelier than {limits.min_probability:.2f}" if limits.min_probability else sizes
+    least = getattr(candidate.drafter, "worth", limits.min_probability)
+    return f"{sizes}, while likelier than {least:.2f}" if least else sizes

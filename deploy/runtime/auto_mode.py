@@ -9,12 +9,14 @@ from deploy.formats.bundle import MANIFEST, Bundle, sha256_file
 from deploy.runtime.costs import CONTEXT, Costs, cache_path, measure_drafts, measure_rows, read_costs, write_costs
 from deploy.runtime.drafters.auto import AutoDrafter, Candidate
 from deploy.runtime.drafters.base import DraftModel
+from deploy.runtime.drafters.confident import ConfidentDrafter
 from deploy.runtime.drafters.lookup import LookupDrafter
 from deploy.runtime.drafters.model import EagleDrafter
 from deploy.runtime.machine import describe_device
 from deploy.runtime.modes import DrafterFactory, Mode, available_modes
-from deploy.runtime.plan import Expectation, chain_limits, lookup_expectation, round_ms
+from deploy.runtime.plan import MOST_LEVELS, Expectation, best_chain, lookup_expectation, round_ms, worth_of_row
 from deploy.runtime.plan_file import read_plan_file
+from deploy.runtime.tree import TreeLimits
 
 _logger = logging.getLogger(__name__)
 DRAFTING_MODEL: dict[Mode, str] = {
@@ -28,6 +30,7 @@ _DRAFT_ROOM = 32
 """Tokens of a short context that are left for the drafts that are timed."""
 _LOOKUP_TOKENS = 6
 _SHORTEST, _LONGEST = 2, 4
+_LIMITS = TreeLimits(depth=MOST_LEVELS, width=3, num_nodes=8)
 
 
 def machine_costs(factory: DrafterFactory, *, is_fresh: bool = False) -> Costs:
@@ -85,7 +88,7 @@ def auto_drafter(
     candidates = [Candidate("plain", factory.make("plain"), 1.0, costs.forward_ms("target", 1))]
     candidates += _lookups(costs, measured)
     if "eagle" in modes:
-        candidates += _heads(factory, costs, measured)
+        candidates.append(_head(factory, costs))
     uses = [
         _as_planned(factory, costs, mode, measured[mode])
         for mode in _INTERMEDIATE
@@ -109,21 +112,15 @@ def _lookups(costs: Costs, measured: Mapping[Mode, Expectation]) -> list[Candida
     return found
 
 
-def _heads(factory: DrafterFactory, costs: Costs, measured: Mapping[Mode, Expectation]) -> list[Candidate]:
-    """A chain whose length follows the head's own confidence, and the tree where the plan has measured one."""
-    drafter = factory.make("eagle")
-    assert isinstance(drafter, EagleDrafter)
-    survival = factory.bundle.component("eagle-target").drafter
-    assert survival is not None
-    limits, expected = chain_limits(costs, "eagle-target", survival.acceptance.by_position)
-    milliseconds = round_ms(costs, "eagle-target", expected)
-    found = [Candidate("eagle", drafter, expected.tokens, milliseconds, limits)]
-    if "eagle-tree" in measured:
-        tree = factory.make("eagle-tree")
-        assert isinstance(tree, EagleDrafter)
-        wide = measured["eagle-tree"]
-        found.append(Candidate("eagle-tree", drafter, wide.tokens, round_ms(costs, "eagle-target", wide), tree.limits))
-    return found
+def _head(factory: DrafterFactory, costs: Costs) -> Candidate:
+    """A tree whose size follows the head's confidence. It gives no less than the best chain, which is what is known."""
+    head = factory.make("eagle")
+    assert isinstance(head, EagleDrafter)
+    known = factory.bundle.component("eagle-target").drafter
+    assert known is not None
+    expected = best_chain(costs, "eagle-target", known.acceptance.by_position)
+    drafter = ConfidentDrafter(head, _LIMITS, worth_of_row(costs, "eagle-target", expected))
+    return Candidate("eagle", drafter, expected.tokens, round_ms(costs, "eagle-target", expected))
 
 
 def _as_planned(factory: DrafterFactory, costs: Costs, mode: Mode, expected: Expectation) -> Candidate:

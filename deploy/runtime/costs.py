@@ -53,12 +53,16 @@ class Costs:
     drafts: Mapping[str, DraftCost]
 
     def forward_ms(self, model: str, rows: float) -> float:
-        """Of a forward with so many rows, between the measured counts; beyond the last, in its proportion."""
+        """Of a forward with so many rows, between the measured counts; beyond the last, in its proportion.
+
+        No count costs more than a larger one: what was measured otherwise was noise.
+        """
         measured = self.rows_ms[model]
         counts = sorted(measured)
         if rows > counts[-1]:
             return measured[counts[-1]] * rows / counts[-1]
-        return float(np.interp(rows, counts, [measured[count] for count in counts]))
+        least = np.minimum.accumulate([measured[count] for count in reversed(counts)])[::-1]
+        return float(np.interp(rows, counts, least))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -93,14 +97,16 @@ def measure_rows(model: Backend, counts: Sequence[int] = ROW_COUNTS, *, context:
     model.reset(_SCRATCH)
     model.forward(_chain(0, context, shape.vocab_size), logit_rows=[])
     model.keep(_SCRATCH, range(context))
-    found = {}
-    for count in counts:
-        if context + count > shape.context_length:
-            break
-        rows = _chain(context, count, shape.vocab_size)
-        found[count] = _median_ms(lambda rows=rows: model.forward_tokens(rows, greedy))
+    chains = {n: _chain(context, n, shape.vocab_size) for n in counts if context + n <= shape.context_length}
+    times: dict[int, list[float]] = {count: [] for count in chains}
+    for turn in range(REPEATS + 1):  # in turns, so that a busy moment meets all counts; the first one warms up
+        for count, rows in chains.items():
+            begin = time.perf_counter()
+            model.forward_tokens(rows, greedy)
+            if turn:
+                times[count].append((time.perf_counter() - begin) * 1e3)
     model.reset(_SCRATCH)
-    return found
+    return {count: round(statistics.median(found), 4) for count, found in times.items()}
 
 
 def measure_drafts(model: DraftModel, hidden_size: int, vocab_size: int, *, context: int = CONTEXT) -> DraftCost:

@@ -52,10 +52,10 @@ class DraftOptions:
 
 _DEFAULTS: dict[Mode, TreeLimits] = {
     "chain": TreeLimits(depth=3, width=1, num_nodes=3),
-    "eagle": TreeLimits(depth=3, width=1, num_nodes=3, min_probability=0.15),
-    "eagle-tree": TreeLimits(depth=3, width=3, num_nodes=6, min_probability=0.02),
+    "eagle": TreeLimits(depth=4, width=1, num_nodes=4, min_probability=0.1),
+    "eagle-tree": TreeLimits(depth=6, width=3, num_nodes=8, min_probability=0.1),
     "opt-tree": TreeLimits(depth=6, width=3, num_nodes=6, min_gain=0.15),
-    "cascade": TreeLimits(depth=3, width=2, num_nodes=5, min_probability=0.02),
+    "cascade": TreeLimits(depth=4, width=3, num_nodes=6, min_probability=0.1),
 }
 _LOOKUP_TOKENS = 7
 _MIN_DRAFT_LENGTH = 4

@@ -16,7 +16,6 @@ from typing import Any
 
 from deploy.runtime.costs import Costs
 from deploy.runtime.speculation import Speculation
-from deploy.runtime.tree import TreeLimits
 
 MOST_LEVELS = 6
 _LOOKUP_TOKENS = {2: 1.3, 3: 1.7, 4: 2.3}
@@ -90,21 +89,12 @@ def best_chain(costs: Costs, drafting_model: str, survival: Sequence[float]) -> 
     return max(choices, key=lambda expected: tokens_per_second(costs, drafting_model, expected))
 
 
-def chain_limits(costs: Costs, drafting_model: str, survival: Sequence[float]) -> tuple[TreeLimits, Expectation]:
-    """A chain that ends where one more token would not pay, and what it gives at least.
-
-    A drafted token costs a level of the drafting model and a row of the target, and is worth its path's probability;
-    at the rate reached anyway, that is what the time is worth otherwise. So a chain goes on while it thinks that
-    likely, up to two levels further than the best fixed length.
-    """
-    expected = best_chain(costs, drafting_model, survival)
-    levels = int(expected.levels)
-    draft = costs.drafts[drafting_model]
-    row_ms = costs.forward_ms("target", levels + 2) - costs.forward_ms("target", levels + 1)
-    marginal_ms = draft.milliseconds(levels + 1) - draft.milliseconds(levels) + max(row_ms, 0.0)
-    worth = marginal_ms * expected.tokens / round_ms(costs, drafting_model, expected)
-    depth = min(levels + 2, MOST_LEVELS)
-    return TreeLimits(depth, 1, depth, min_probability=min(max(worth, 0.0), 0.9)), expected
+def worth_of_row(costs: Costs, drafting_model: str, expected: Expectation) -> float:
+    """The least probability of acceptance with which a drafted token pays for its row of the target's forward: what
+    the same time gives anyway, at the rate that `expected` reaches."""
+    rows = expected.nodes + 1
+    row_ms = max(costs.forward_ms("target", rows + 1) - costs.forward_ms("target", rows), 0.0)
+    return row_ms * expected.tokens / round_ms(costs, drafting_model, expected)
 
 
 def lookup_expectation(measured: Expectation | None, length: int, num_tokens: int) -> Expectation:

@@ -18,30 +18,31 @@ import numpy as np
 
 from deploy.runtime.drafters.base import Drafter, Float32
 from deploy.runtime.drafters.lookup import LookupDrafter
-from deploy.runtime.drafters.model import EagleDrafter, LanguageModelDrafter
 from deploy.runtime.sampling import SamplingParams
-from deploy.runtime.tree import Draft, TreeLimits
+from deploy.runtime.tree import Draft
 
 _MEMORY = 0.97
 """What a round weighs after one more of the same candidate."""
-_PRIOR_ROUNDS = 6.0
-"""What a prediction weighs, and all that was learnt from one answer in the next."""
-_FIRST_WAIT, _LONGEST_WAIT = 16, 512
-"""Rounds without a candidate before it is tried again."""
+_PRIOR_ROUNDS = 3.0
+"""What a prediction weighs."""
+_REMEMBERED_ROUNDS = 12.0
+"""What all that was learnt from earlier answers weighs in the next."""
+_TRIAL_ROUNDS = 3
+_FIRST_WAIT, _LONGEST_WAIT = 16, 256
+"""Rounds without a candidate before it is tried again, for a few rounds in a row."""
 _LONGEST_ROUND = 3.0
 """A round that took more than this many times its candidate's usual time met something else: it counts as so many."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to draft. limits: for a model's drafter, shared by several candidates. match_length: for a lookup, of the
-    matches that it stands for. tokens, milliseconds: predicted, a round's."""
+    """A way to draft. match_length: for a lookup, of the matches that it stands for. tokens, milliseconds: predicted,
+    a round's."""
 
     name: str
     drafter: Drafter
     tokens: float
     milliseconds: float
-    limits: TreeLimits | None = None
     match_length: int | None = None
 
 
@@ -54,6 +55,7 @@ class _Record:
     weight: float = _PRIOR_ROUNDS
     idle: int = 0
     wait: int = _FIRST_WAIT
+    trials: int = 0
 
     @property
     def rate(self) -> float:
@@ -67,11 +69,11 @@ class _Record:
 
     def fade(self) -> None:
         """Keep the rate, but let what comes now decide."""
-        share = min(1.0, _PRIOR_ROUNDS / self.weight)
+        share = min(1.0, _REMEMBERED_ROUNDS / self.weight)
         self.tokens, self.milliseconds, self.weight = (
             value * share for value in (self.tokens, self.milliseconds, self.weight)
         )
-        self.idle, self.wait = 0, _FIRST_WAIT
+        self.idle, self.wait, self.trials = 0, _FIRST_WAIT, 0
 
 
 @dataclass
@@ -85,8 +87,8 @@ class _Round:
 class AutoDrafter:
     """Drafter (deploy/runtime/drafters/base.py) that takes the best of `candidates` in each round.
 
-    candidates: by preference where rates are equal. Candidates of one model share its drafter. `choices` counts rounds
-    by candidate.
+    candidates: by preference where rates are equal; those of one lookup share its drafter. `choices` counts rounds by
+    candidate.
     """
 
     def __init__(self, candidates: Sequence[Candidate]) -> None:
@@ -140,8 +142,6 @@ class AutoDrafter:
         self._rounds[sequence] = _Round(name, begin)
         self.choices[name] += 1
         chosen = self._candidates[name]
-        if chosen.limits is not None and isinstance(chosen.drafter, EagleDrafter | LanguageModelDrafter):
-            chosen.drafter.limits = chosen.limits
         return chosen.drafter.propose(sequence, path, budget, sampling, sample_index)
 
     def _available(self, sequence: int, path: Sequence[int]) -> list[str]:
@@ -166,11 +166,16 @@ class AutoDrafter:
         for name in names:
             record = self._records[name]
             record.idle += 1
-            if name != best and record.idle >= record.wait:
+            if record.trials == 0 and record.idle >= record.wait:
+                record.trials = _TRIAL_ROUNDS
+                record.wait = min(2 * record.wait, _LONGEST_WAIT)
+            if name != best and record.trials > 0:
                 chosen = name
         record = self._records[chosen]
         record.idle = 0
-        record.wait = _FIRST_WAIT if chosen == best else min(2 * record.wait, _LONGEST_WAIT)
+        record.trials = max(record.trials - 1, 0)
+        if chosen == best:
+            record.wait, record.trials = _FIRST_WAIT, 0
         return chosen
 
     def reset(self, sequence: int) -> None:

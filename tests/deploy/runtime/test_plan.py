@@ -5,9 +5,9 @@ from deploy.runtime.plan import (
     Expectation,
     best_chain,
     chain_expectation,
-    chain_limits,
     round_ms,
     tokens_per_second,
+    worth_of_row,
 )
 
 ROWS = {"target": {1: 2.0, 4: 2.6, 8: 4.0}}
@@ -43,8 +43,14 @@ def test_the_best_chain_is_the_one_that_slow_search_finds():
             assert best == rates.index(max(rates)) + 1
 
 
-def test_a_chain_ends_where_one_more_token_costs_more_than_it_is_worth():
-    limits, expected = chain_limits(COSTS, "eagle-target", [0.5, 0.25, 0.12, 0.06])
+def test_a_row_must_be_worth_what_its_time_gives_anyway():
+    expected = best_chain(COSTS, "eagle-target", [0.5, 0.25, 0.12, 0.06])
     rate = expected.tokens / round_ms(COSTS, "eagle-target", expected)
-    assert limits.min_probability == pytest.approx((0.2 + 0.2) * rate, rel=1e-6)
-    assert limits.depth >= expected.levels
+    assert worth_of_row(COSTS, "eagle-target", expected) == pytest.approx(0.2 * rate)
+    free_rows = Costs({"target": {1: 2.0, 8: 2.0}}, COSTS.drafts)
+    assert worth_of_row(free_rows, "eagle-target", expected) == 0.0
+
+
+def test_fewer_rows_never_cost_more():
+    noisy = Costs({"target": {1: 9.0, 4: 2.6, 8: 4.0}}, {})
+    assert noisy.forward_ms("target", 1) == noisy.forward_ms("target", 3) == 2.6
