@@ -23,6 +23,7 @@ NEEDED = {
     "target/gguf": ["target.name=x", "target.path=y"],
     "target/hf": ["target.name=x", "target.path=y"],
     "intermediate/checkpoint": ["intermediate.initial.path=x"],
+    "experiment/qwen_coder_1_5b": ["target.path=x", "intermediate.initial.path=y"],
     "intermediate/initial/checkpoint": ["intermediate.initial.path=x"],
     "generate/engine/server": ["generate.engine.url=x", "generate.engine.model=y"],
 }

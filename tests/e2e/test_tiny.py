@@ -199,6 +199,43 @@ def test_the_intermediate_and_its_head_are_in_the_bundle_each_bound_to_what_it_d
     assert all(f"<h3>{role}</h3>" in report for role in drafters)
 
 
+RANDOM = ("num_layers=2", "hidden_size=32", "intermediate_size=64", "num_heads=2", "num_kv_heads=1", "head_dim=16")
+FROM_NOISE = ("intermediate=random", *(f"intermediate.initial.{size}" for size in RANDOM))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("start", "phases"),
+    [
+        ((*FROM_NOISE, "intermediate.align.loss=distribution"), {"pretrain", "align"}),
+        (("intermediate=checkpoint", "intermediate.initial.path=sibling"), {"align"}),  # with adapters
+        (
+            (
+                "intermediate=checkpoint",
+                "intermediate.initial.path=FILE",
+                "intermediate.phases=[]",
+                "quantize@intermediate.quantize=keep",
+            ),
+            set(),
+        ),
+    ],
+    ids=["from noise, by distribution", "a sibling, by adapters", "a file as it is, on its own grid"],
+)
+def test_an_intermediate_of_any_origin_goes_all_the_way(
+    tools: Any, tiny_directory: Callable[..., Path], trained: Any, start: tuple[str, ...], phases: set[str]
+) -> None:
+    place, _ = trained
+    if not (place.path / "sibling").exists():
+        tiny_directory(place.path / "sibling", "qwen2", hidden_size=32, tie_word_embeddings=True)
+    asked = tuple(each.replace("FILE", str(tools.embedded_file())) for each in start)
+    kept = tuple(each for each in DRAFTER if each != "intermediate.initial.num_layers=1")
+    place.run(*HF, *kept, *asked, "seed=3", "name=other", "quality=none")
+    assert place.deploy("verify", "bundles/other").returncode == 0
+    history = (place.path / "bundles" / "other").resolve().parent / "manifest.json"
+    digest = json.loads(history.read_text())["inputs"]["intermediate"]["digest"]
+    assert set(json.loads((place.path / "artifacts" / "intermediate" / digest / "history.json").read_text())) == phases
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "kind", "budget", "checkpoints", "written"),
