@@ -14,7 +14,7 @@ from rich.table import Table
 from deploy.commands import options as o
 from deploy.commands.bench_tables import table
 from deploy.formats.bundle import Bundle, Manifest
-from deploy.formats.components import Component, Drafter
+from deploy.formats.components import HEAD_ROLES, Component, Drafter
 from deploy.kernels.cpu.library import describe_choice
 from deploy.runtime.modes import available_modes
 from deploy.runtime.plan_file import PlanFile, read_plan_file
@@ -75,16 +75,17 @@ def _model_facts(item: Component) -> list[tuple[str, str]]:
 
 def _drafter_facts(item: Component, drafter: Drafter, target_bytes: int) -> list[tuple[str, str]]:
     """A model's facts, and its worth as a drafter: held-out conversations, greedy, weights as they are served."""
-    shares = drafter.acceptance.by_position
+    shares, above = drafter.acceptance.by_position, HEAD_ROLES.get(item.role, "target")
+    layers = ", ".join(map(str, drafter.feature_layers))
     return [
         *_model_facts(item),
         ("of the target", f"{item.num_bytes / target_bytes:.1%} of its size"),
         ("draft vocabulary", f"{drafter.draft_vocab_size} tokens"),
-        ("reads", f"what enters layers {', '.join(map(str, drafter.feature_layers))}"),
+        *([("reads", f"what enters layers {layers} of the {above}")] if layers else []),
         ("acceptance", " / ".join(f"{share:.3f}" for share in shares) + " by position"),
         ("τ", f"{drafter.acceptance.tau:.2f} tokens a call of the target at {len(shares)} drafted"),
         ("MBSU", f"{drafter.mbsu:.2f}, the speed-up if only memory traffic counted"),
-        ("trained on", f"target {drafter.target[:16]}"),
+        ("trained on", f"{above} {drafter.target[:16]}"),
     ]
 
 

@@ -167,7 +167,11 @@ def _provenance(context: BuildContext, source: dict[str, Any]) -> dict[str, Any]
             "content": manifest.content,
         }
     files = _in_order(context.manifests["target"].fingerprints)
-    return {"source": source, "source_files": files, "stages": stages}
+    found = {"source": source, "source_files": files}
+    if "intermediate-source" in context.manifests:
+        found["intermediate_source"] = _read_json(context.inputs["intermediate-source"] / "source.json")
+        found["intermediate_source_files"] = _in_order(context.manifests["intermediate-source"].fingerprints)
+    return {**found, "stages": stages}
 
 
 def _in_order(values: dict[str, Any]) -> Any:

@@ -129,7 +129,8 @@ def _intermediate(plain: dict[str, Any], target_source: Source, known: dict[str,
         },
         packages=TORCH,
     )
-    found = {"intermediate": trained, "quantize-intermediate": quantized, "measure-intermediate": measured}
+    found = {"intermediate-source": inputs["source"]} if "source" in inputs else {}
+    found |= {"intermediate": trained, "quantize-intermediate": quantized, "measure-intermediate": measured}
     if plain["eagle_intermediate"]["method"] != "none":
         above = {"target": known["target"], "quantize": quantized, "generate": known["generate"], "measure": measured}
         shape = partial(_planned_shape, config, source, target_source)

@@ -75,7 +75,7 @@ def test_inspect_shows_what_a_drafter_is_worth(capsys, tiny, tmp_path):
     assert shown["acceptance"] == "0.500 / 0.250 / 0.125 by position"
     assert shown["τ"].startswith("1.88 tokens a call of the target at 3 drafted")
     assert shown["MBSU"].startswith("1.40")
-    assert shown["reads"] == "what enters layers 0, 1, 2"
+    assert shown["reads"] == "what enters layers 0, 1, 2 of the target"
     sizes = {role: sum(f.stat().st_size for f in (bundle / role).iterdir()) for role in ("target", "eagle-target")}
     assert shown["of the target"] == f"{sizes['eagle-target'] / sizes['target']:.1%} of its size"
 
