@@ -72,13 +72,15 @@ def test_a_malformed_plan_stops_mode_auto_and_no_other(planned):
         Session.open(bundle, mode="auto")
 
 
-def test_what_was_measured_becomes_a_candidate_of_auto(planned, tiny):
+def test_auto_begins_with_what_was_measured(planned, tiny):
     plan = tiny.plan()
-    plan["modes"]["eagle-tree"] = plan["modes"]["eagle"] | {"width": 3}
+    plan["modes"]["lookup"] = plan["modes"]["eagle"] | {"tau": 5.0}
     bundle = planned(plan)
     session = Session.open(bundle)
     drafter = auto_drafter(DrafterFactory(bundle, session.backend, "cpu", None), Costs.from_json(plan["costs"]))
-    assert [found.name for found in drafter.candidates if found.limits] == ["eagle", "eagle-tree"]
+    tokens = {found.name: found.tokens for found in drafter.candidates}
+    assert set(tokens) == {"plain", "lookup-4", "lookup-3", "lookup-2", "eagle"}
+    assert {tokens[name] for name in tokens if name.startswith("lookup")} == {5.0}
 
 
 def test_a_measurement_becomes_a_plan_with_the_fastest_mode_as_its_choice():
