@@ -63,4 +63,9 @@ def main(out: Path, *, is_main: bool) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]), is_main=os.environ["RANK"] == "0")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    # Torch's own threads may not have ended yet, and on a busy machine the interpreter's end then aborts a process that
+    # has done its work ("terminate called without an active exception").
+    os._exit(0)
