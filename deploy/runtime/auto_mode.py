@@ -31,6 +31,9 @@ _DRAFT_ROOM = 32
 _LOOKUP_TOKENS = 6
 _SHORTEST, _LONGEST = 2, 4
 _LIMITS = TreeLimits(depth=MOST_LEVELS, width=3, num_nodes=8)
+_HOPEFUL = 0.8
+"""An intermediate that promises less than this share of what goes without it is not loaded: kinds of text differ, but
+its memory, and its reading of every prompt, are certain."""
 
 
 def machine_costs(factory: DrafterFactory, *, is_fresh: bool = False) -> Costs:
@@ -77,7 +80,8 @@ def read_plan(bundle: Bundle) -> dict[Mode, Expectation]:
 def auto_drafter(
     factory: DrafterFactory, costs: Costs, measured: Mapping[Mode, Expectation] | None = None
 ) -> AutoDrafter:
-    """All that the bundle can do, "plain" included; of several uses of the intermediate the most promising one.
+    """All that the bundle can do, "plain" included; of several uses of the intermediate the most promising one, unless
+    that has no hope.
 
     measured: what the modes' rounds are like; None: what the bundle's plan says.
     """
@@ -89,17 +93,22 @@ def auto_drafter(
     candidates += _lookups(costs, measured)
     if "eagle" in modes:
         candidates.append(_head(factory, costs))
-    uses = [
-        _as_planned(factory, costs, mode, measured[mode])
-        for mode in _INTERMEDIATE
-        if mode in modes and mode in measured
-    ]
-    if uses:
-        candidates.append(max(uses, key=lambda c: c.tokens / c.milliseconds))
+    use = _best_use(costs, {mode: measured[mode] for mode in _INTERMEDIATE if mode in modes and mode in measured})
+    if use is not None:
+        milliseconds = _planned_ms(costs, use, measured[use])
+        rate = measured[use].tokens / milliseconds
+        if rate >= _HOPEFUL * max(c.tokens / c.milliseconds for c in candidates if c.match_length is None):
+            candidates.append(Candidate(use, factory.make(use), measured[use].tokens, milliseconds))
     return AutoDrafter(candidates)
 
 
 _INTERMEDIATE: tuple[Mode, ...] = ("chain", "cascade", "cascade-lookup")
+
+
+def _best_use(costs: Costs, measured: Mapping[Mode, Expectation]) -> Mode | None:
+    """Of several uses of the intermediate the most promising one."""
+    rates = {mode: expected.tokens / _planned_ms(costs, mode, expected) for mode, expected in measured.items()}
+    return max(rates, key=lambda mode: rates[mode], default=None)
 
 
 def _lookups(costs: Costs, measured: Mapping[Mode, Expectation]) -> list[Candidate]:
@@ -123,6 +132,5 @@ def _head(factory: DrafterFactory, costs: Costs) -> Candidate:
     return Candidate("eagle", drafter, expected.tokens, round_ms(costs, "eagle-target", expected))
 
 
-def _as_planned(factory: DrafterFactory, costs: Costs, mode: Mode, expected: Expectation) -> Candidate:
-    milliseconds = round_ms(costs, DRAFTING_MODEL.get(mode), expected)
-    return Candidate(mode, factory.make(mode), expected.tokens, milliseconds)
+def _planned_ms(costs: Costs, mode: Mode, expected: Expectation) -> float:
+    return round_ms(costs, DRAFTING_MODEL.get(mode), expected)

@@ -6,8 +6,10 @@ import pytest
 
 from deploy.formats.bundle import Bundle
 from deploy.formats.errors import BundleError
+from deploy.runtime import auto_mode
 from deploy.runtime.auto_mode import auto_drafter, read_plan
 from deploy.runtime.costs import Costs
+from deploy.runtime.drafters.none import NoDrafter
 from deploy.runtime.modes import DrafterFactory
 from deploy.runtime.plan_file import make_plan, read_plan_file
 from deploy.runtime.session import Session
@@ -81,6 +83,19 @@ def test_auto_begins_with_what_was_measured(planned, tiny):
     tokens = {found.name: found.tokens for found in drafter.candidates}
     assert set(tokens) == {"plain", "lookup-4", "lookup-3", "lookup-2", "eagle"}
     assert {tokens[name] for name in tokens if name.startswith("lookup")} == {5.0}
+
+
+@pytest.mark.parametrize(("tau", "is_loaded"), [(1.1, False), (1.7, True)])
+def test_an_intermediate_is_loaded_only_where_the_plan_gives_it_a_chance(planned, tiny, monkeypatch, tau, is_loaded):
+    plan = tiny.plan()
+    plan["modes"]["chain"] = plan["modes"]["eagle"] | {"tau": tau}
+    bundle = planned(plan)
+    factory = DrafterFactory(bundle, Session.open(bundle).backend, "cpu", None)
+    make = factory.make
+    monkeypatch.setattr(factory, "make", lambda mode: NoDrafter() if mode == "chain" else make(mode))
+    monkeypatch.setattr(auto_mode, "available_modes", lambda _bundle: ("plain", "eagle", "chain"))
+    names = {found.name for found in auto_drafter(factory, Costs.from_json(plan["costs"])).candidates}
+    assert ("chain" in names) == is_loaded
 
 
 def test_a_measurement_becomes_a_plan_with_the_fastest_mode_as_its_choice():
