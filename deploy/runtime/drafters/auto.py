@@ -11,7 +11,7 @@ Which tokens come out does not depend on any of this.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,11 +87,11 @@ class _Round:
 class AutoDrafter:
     """Drafter (deploy/runtime/drafters/base.py) that takes the best of `candidates` in each round.
 
-    candidates: by preference where rates are equal; those of one lookup share its drafter. `choices` counts rounds by
-    candidate.
+    candidates: by preference where rates are equal; those of one lookup share its drafter. clock: seconds. `choices`
+    counts rounds by candidate.
     """
 
-    def __init__(self, candidates: Sequence[Candidate]) -> None:
+    def __init__(self, candidates: Sequence[Candidate], *, clock: Callable[[], float] = time.perf_counter) -> None:
         if not candidates:
             raise ValueError("auto needs at least one candidate")
         self._candidates = {candidate.name: candidate for candidate in candidates}
@@ -99,6 +99,7 @@ class AutoDrafter:
         self._drafters = list({id(c.drafter): c.drafter for c in candidates}.values())
         self.taps = tuple(sorted({layer for drafter in self._drafters for layer in drafter.taps}))
         self._rounds: dict[int, _Round] = {}
+        self._clock = clock
         self.choices: dict[str, int] = dict.fromkeys(self._candidates, 0)
 
     @property
@@ -123,7 +124,7 @@ class AutoDrafter:
             drafter.commit(sequence, tokens, self._states_of(drafter, features))
         finished = self._rounds.pop(sequence, None)
         if finished is not None:
-            milliseconds = (time.perf_counter() - finished.begin) * 1e3
+            milliseconds = (self._clock() - finished.begin) * 1e3
             self._records[finished.name].add(len(tokens), milliseconds)
 
     def _states_of(self, drafter: Drafter, features: Float32 | None) -> Float32 | None:
@@ -137,7 +138,7 @@ class AutoDrafter:
     def propose(
         self, sequence: int, path: Sequence[int], budget: int, sampling: SamplingParams, sample_index: int
     ) -> Draft:
-        begin = time.perf_counter()
+        begin = self._clock()
         name = self._choose(self._available(sequence, path))
         self._rounds[sequence] = _Round(name, begin)
         self.choices[name] += 1

@@ -1,6 +1,5 @@
 import pytest
 
-from deploy.runtime.drafters import auto
 from deploy.runtime.drafters.auto import AutoDrafter, Candidate
 from deploy.runtime.drafters.lookup import LookupDrafter
 from deploy.runtime.drafters.none import NoDrafter
@@ -13,9 +12,10 @@ GREEDY = SamplingParams()
 class Clock:
     """Time that passes when a test says so."""
 
-    def __init__(self, monkeypatch):
-        self.now = 0.0
-        monkeypatch.setattr(auto.time, "perf_counter", lambda: self.now)
+    now = 0.0
+
+    def __call__(self):
+        return self.now
 
 
 class Chain(NoDrafter):
@@ -44,36 +44,35 @@ def candidates(eagle_tokens):
     ]
 
 
-def test_it_begins_with_what_is_predicted_best(monkeypatch):
-    clock = Clock(monkeypatch)
-    assert play(AutoDrafter(candidates(2.0)), clock, {0: 2, 3: 3}, {0: 1, 3: 2}, rounds=10) == [3] * 10
-    assert play(AutoDrafter(candidates(1.2)), clock, {0: 2, 3: 3}, {0: 1, 3: 1}, rounds=10) == [0] * 10
+def test_it_begins_with_what_is_predicted_best():
+    clock = Clock()
+    assert play(AutoDrafter(candidates(2.0), clock=clock), clock, {0: 2, 3: 3}, {0: 1, 3: 2}, rounds=10) == [3] * 10
+    assert play(AutoDrafter(candidates(1.2), clock=clock), clock, {0: 2, 3: 3}, {0: 1, 3: 1}, rounds=10) == [0] * 10
 
 
-def test_it_leaves_a_drafter_that_does_not_keep_its_promise_and_seldom_tries_it_again(monkeypatch):
-    clock = Clock(monkeypatch)
-    drafted = play(AutoDrafter(candidates(2.0)), clock, {0: 2, 3: 3}, {0: 1, 3: 1}, rounds=1000)
+def test_it_leaves_a_drafter_that_does_not_keep_its_promise_and_seldom_tries_it_again():
+    clock = Clock()
+    drafted = play(AutoDrafter(candidates(2.0), clock=clock), clock, {0: 2, 3: 3}, {0: 1, 3: 1}, rounds=1000)
     assert drafted[0] == 3
     assert drafted[30:].count(3) <= 20
 
 
-def test_it_finds_a_drafter_that_was_thought_too_little_of(monkeypatch):
-    clock = Clock(monkeypatch)
-    drafted = play(AutoDrafter(candidates(1.0)), clock, {0: 2, 3: 3}, {0: 1, 3: 4}, rounds=200)
+def test_it_finds_a_drafter_that_was_thought_too_little_of():
+    clock = Clock()
+    drafted = play(AutoDrafter(candidates(1.0), clock=clock), clock, {0: 2, 3: 3}, {0: 1, 3: 4}, rounds=200)
     assert drafted[:10] == [0] * 10
     assert drafted[100:].count(3) >= 95
 
 
-def test_one_disturbed_round_does_not_decide(monkeypatch):
-    clock = Clock(monkeypatch)
-    drafter = AutoDrafter(candidates(2.0))
+def test_one_disturbed_round_does_not_decide():
+    clock = Clock()
+    drafter = AutoDrafter(candidates(2.0), clock=clock)
     play(drafter, clock, {0: 2, 3: 3}, {0: 1, 3: 2}, rounds=40)
     play(drafter, clock, {0: 2, 3: 400}, {0: 1, 3: 2}, rounds=1)
     assert play(drafter, clock, {0: 2, 3: 3}, {0: 1, 3: 2}, rounds=10).count(3) >= 7  # but for a trial
 
 
-def test_a_lookup_is_taken_only_where_the_text_has_a_match_of_its_length(monkeypatch):
-    Clock(monkeypatch)
+def test_a_lookup_is_taken_only_where_the_text_has_a_match_of_its_length():
     lookup = LookupDrafter(longest=3, shortest=2, num_tokens=2)
     drafter = AutoDrafter(
         [
