@@ -6,6 +6,7 @@
 llama.cpp gets Q4_0, made from the same source, and speculates at its best: n-grams and, where a smaller model is given,
 a draft model (also Q4_0), each with the draft length and confidence that a sweep over some of the prompts finds
 fastest. Its times count its own calls and the choice of tokens. Greedy; rates are tokens over time of all answers.
+The category "random" needs no file: prompts of random characters.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 from benchmarks.machine import fingerprint, write_json
 from benchmarks.peers import Peer
+from benchmarks.random_prompts import CATEGORY, random_records
 from deploy.formats.bundle import Bundle
 from deploy.runtime.cpu_backend import CpuBackend
 from deploy.runtime.drafters.base import Drafter
@@ -114,6 +116,8 @@ def choose_records(arguments: argparse.Namespace) -> list[PromptRecord]:
         if record.category in wanted and taken[record.category] < arguments.per_category:
             taken[record.category] += 1
             chosen.append(record)
+    if CATEGORY in wanted:
+        chosen += random_records(arguments.per_category)
     if not chosen:
         raise SystemExit(f"{arguments.prompts}: has no prompt of {', '.join(wanted)}")
     return chosen
