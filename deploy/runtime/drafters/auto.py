@@ -2,8 +2,9 @@
 
 Every candidate starts with the rate that the plan predicts (deploy/runtime/plan.py) and then earns its own: tokens over
 wall time of its rounds, recent ones weighing more. Acceptance differs by kind of text, and within one; so a candidate
-that lost is tried again, at first soon, then ever more seldom, which bounds what trying costs. A lookup is a candidate
-only where the text's end occurred before, and one for each length of the match: longer ones are right more often.
+that lost is tried again, at first soon, then ever more seldom, and the later the more it lost by, which bounds what
+trying costs. A lookup is a candidate only where the text's end occurred before, and one for each length of the match:
+longer ones are right more often.
 
 Which tokens come out does not depend on any of this.
 """
@@ -30,6 +31,8 @@ _REMEMBERED_ROUNDS = 12.0
 _TRIAL_ROUNDS = 3
 _FIRST_WAIT, _LONGEST_WAIT = 16, 256
 """Rounds without a candidate before it is tried again, for a few rounds in a row."""
+_PATIENCE = 4
+"""How much longer one that is known to be slow waits: by this power of the ratio of the best rate to its own."""
 _LONGEST_ROUND = 3.0
 """A round that took more than this many times its candidate's usual time met something else: it counts as so many."""
 
@@ -167,7 +170,8 @@ class AutoDrafter:
         for name in names:
             record = self._records[name]
             record.idle += 1
-            if record.trials == 0 and record.idle >= record.wait:
+            patience = (self._records[best].rate / record.rate) ** _PATIENCE
+            if record.trials == 0 and record.idle >= record.wait * patience:
                 record.trials = _TRIAL_ROUNDS
                 record.wait = min(2 * record.wait, _LONGEST_WAIT)
             if name != best and record.trials > 0:

@@ -64,6 +64,16 @@ def test_it_finds_a_drafter_that_was_thought_too_little_of():
     assert drafted[100:].count(3) >= 95
 
 
+def test_one_that_lost_by_far_is_tried_again_later_than_one_that_lost_by_little():
+    def trials(milliseconds):
+        clock = Clock()
+        drafter = AutoDrafter(candidates(1.2), clock=clock)
+        return play(drafter, clock, {0: 2, 3: milliseconds}, {0: 1, 3: 1}, rounds=200)[10:].count(3)
+
+    assert trials(2.1) >= 6
+    assert trials(6) <= trials(2.1) / 2
+
+
 def test_one_disturbed_round_does_not_decide():
     clock = Clock()
     drafter = AutoDrafter(candidates(2.0), clock=clock)
