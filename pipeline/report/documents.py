@@ -76,9 +76,12 @@ def _drafter_section(facts: DrafterFacts) -> dict[str, Any]:
 def _drafter_plots(facts: DrafterFacts) -> list[str]:
     training = facts.training
     shares = {"as served": training.served.by_position, "as trained": training.plain.by_position}
+    title = "τ on held-out conversations (greedy)"
+    by_hours = [curve(facts.tau_by_hours, title, x_label="hours trained")] if facts.tau_by_hours else []
     return [
         acceptance_bars(shares, "Acceptance by drafted position (held-out, greedy)"),
-        curve(facts.tau, "τ on held-out conversations (greedy)", x_label="tokens trained on"),
+        curve(facts.tau, title, x_label="tokens trained on"),
+        *by_hours,
         curve(facts.loss, "Training loss", x_label="tokens trained on"),
     ]
 

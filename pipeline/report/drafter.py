@@ -13,8 +13,9 @@ class DrafterFacts:
     """One drafter of the bundle.
 
     feature_layers: whose states it reads; none for a language model. num_bytes: of its files. loss: (tokens trained on,
-    mean loss since the point before); tau: (tokens trained on, τ held out). example: one generated conversation in
-    pieces, each with whether the drafter learned from it, because the target wrote it.
+    mean loss since the point before); tau: (tokens trained on, τ held out), and over hours of training where time was
+    the budget. example: one generated conversation in pieces, each with whether the drafter learned from it, because
+    the target wrote it.
     """
 
     role: str
@@ -25,6 +26,7 @@ class DrafterFacts:
     num_bytes: int
     loss: Sequence[tuple[float, float]]
     tau: Sequence[tuple[float, float]]
+    tau_by_hours: Sequence[tuple[float, float]]
     example: Sequence[tuple[str, bool]]
 
 

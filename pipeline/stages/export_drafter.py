@@ -26,6 +26,8 @@ OFF = {"eagle_intermediate": "eagle@eagle_intermediate=none"}
 SAMPLE = "sample.txt"
 EXAMPLE_CHARACTERS = 2400
 
+Points = list[tuple[float, float]]
+
 
 def drafters_facts(context: BuildContext, bundle: Path) -> list[DrafterFacts]:
     """Facts of every drafter in `bundle`, for report and card.
@@ -45,7 +47,7 @@ def _facts(context: BuildContext, bundle: Path, role: str) -> DrafterFacts:
     item, training = _describe(bundle, role)
     assert item.drafter is not None
     require_worth(role, training.served.by_position[0], context.config["min_acceptance"][role])
-    loss, tau = _curves(json.loads((context.inputs[role] / HISTORY).read_text(encoding="utf-8")))
+    loss, tau, tau_by_hours = _curves(json.loads((context.inputs[role] / HISTORY).read_text(encoding="utf-8")))
     return DrafterFacts(
         role=role,
         draft_vocab_size=item.drafter.draft_vocab_size,
@@ -55,6 +57,7 @@ def _facts(context: BuildContext, bundle: Path, role: str) -> DrafterFacts:
         num_bytes=item.num_bytes,
         loss=loss,
         tau=tau,
+        tau_by_hours=tau_by_hours,
         example=_example(context.inputs["generate"] / SAMPLE),
     )
 
@@ -76,17 +79,21 @@ def _describe(bundle: Path, role: str) -> tuple[Component, TrainingRecord]:
     return described, parse_record(read_json(bundle / role / RECORD_FILE))[1]
 
 
-def _curves(history: dict[str, Any]) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
-    """(tokens trained on, loss) and (tokens, τ); phases, where there are several, one after the other."""
+def _curves(history: dict[str, Any]) -> tuple[Points, Points, Points]:
+    """(tokens trained on, loss), (tokens, τ) and (hours trained, τ); phases, where there are several, one after the
+    other. No hours where time was not the budget."""
     phases = [history] if "training" in history else list(history.values())
-    loss: list[tuple[float, float]] = []
-    tau: list[tuple[float, float]] = []
-    before = 0.0
+    loss, tau, tau_by_hours = Points(), Points(), Points()
+    before, hours_before = 0.0, 0.0
     for phase in phases:
         loss += [(before + point["tokens"], point["loss"]) for point in phase["training"]]
         tau += [(before + point["tokens"], point["metrics"]["tau"]) for point in phase["evaluations"]]
+        for point in phase["evaluations"]:
+            if point["seconds"] is not None:
+                tau_by_hours.append((hours_before + point["seconds"] / 3600, point["metrics"]["tau"]))
         before = tau[-1][0]
-    return loss, tau
+        hours_before = tau_by_hours[-1][0] if tau_by_hours else 0.0
+    return loss, tau, tau_by_hours
 
 
 def require_worth(role: str, first_acceptance: float, min_acceptance: float) -> None:

@@ -54,6 +54,7 @@ def drafter() -> DrafterFacts:
         num_bytes=5_100_000,
         loss=[(1000.0, 5.5), (2000.0, 4.5)],
         tau=[(1000.0, 1.2), (2000.0, 1.954)],
+        tau_by_hours=[(0.05, 1.2), (0.117, 1.954)],
         example=[("<|im_start|>user\n", False), (NASTY, True)],
     )
 

@@ -27,13 +27,19 @@ def test_a_collapsed_acceptance_is_refused_with_figure_key_and_remedy(role: str,
 def test_the_curves_of_two_phases_lie_one_after_the_other() -> None:
     phase = {
         "training": [{"tokens": 10, "loss": 3.0}, {"tokens": 20, "loss": 2.0}],
-        "evaluations": [{"tokens": 20, "metrics": {"tau": 1.5}}],
+        "evaluations": [{"tokens": 20, "seconds": 1800.0, "metrics": {"tau": 1.5}}],
     }
-    loss, tau = _curves({"pretrain": phase, "align": phase})
+    loss, tau, tau_by_hours = _curves({"pretrain": phase, "align": phase})
     assert loss == [(10, 3.0), (20, 2.0), (30, 3.0), (40, 2.0)]
     assert tau == [(20, 1.5), (40, 1.5)]
-    assert _curves(phase) == (loss[:2], tau[:1])
-    assert _curves({}) == ([], [])
+    assert tau_by_hours == [(0.5, 1.5), (1.0, 1.5)]
+    assert _curves(phase) == (loss[:2], tau[:1], tau_by_hours[:1])
+    assert _curves({}) == ([], [], [])
+
+
+def test_a_budget_in_tokens_has_no_hours() -> None:
+    phase = {"training": [], "evaluations": [{"tokens": 20, "seconds": None, "metrics": {"tau": 1.5}}]}
+    assert _curves(phase)[2] == []
 
 
 def test_the_example_is_cut_at_the_marks_of_what_was_learned(tmp_path: Path) -> None:
