@@ -108,7 +108,9 @@ def test_a_drafter_is_shown_with_its_worth_its_curves_and_what_it_learned_from(
     facts: Facts, drafter: DrafterFacts
 ) -> None:
     html = html_report(replace(facts, drafters=[drafter]))
-    assert parse(html).tags.count("svg") == 5
+    assert parse(html).tags.count("svg") == 6
+    untimed = html_report(replace(facts, drafters=[replace(drafter, tau_by_hours=[])]))
+    assert parse(untimed).tags.count("svg") == 5
     for text in (
         "0.450 / 0.254 / 0.150 / 0.100",
         "1.954",
