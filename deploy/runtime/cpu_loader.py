@@ -156,7 +156,12 @@ class _LanguageModelLoader(_Loader):
 
     def _set_layer(self, layer: int, which: int, name: str) -> None:
         group = self._directory.group(name)
-        source = self._plain(f"{name}.weight") if group is None else self._grouped(name, group.bits, group.group_size)
+        if group is None:
+            source = self._plain(f"{name}.weight")
+        elif group.activations is not None or group.group_size is None:
+            raise FormatError(f"{self._directory.path}: layer {name!r} quantizes its inputs; use backend reference")
+        else:
+            source = self._grouped(name, group.bits, group.group_size)
         bias = self._directory.float32(f"{name}.bias") if f"{name}.bias" in self._directory else None
         self._set_linear(layer, which, name, source, bias)
 
