@@ -18,8 +18,8 @@ REFERENCE_TOKENS = 24
 TORCH_TOKENS = 256
 """How many tokens of each compared conversation torch recomputes."""
 TORCH_TOLERANCE = 0.15
-"""Largest median relative error of a layer's states against torch in float32, which quantizes no activations. Each run
-records what it found (`features` in the summary)."""
+"""Largest median relative error of a layer's states against torch in float32, which quantizes activations only where
+the file says how. Each run records what it found (`features` in the summary)."""
 
 Ids = npt.NDArray[np.int32]
 Features = npt.NDArray[np.float32]
