@@ -44,6 +44,18 @@ class Quantized:
     expansion: float = 1.0
 
 
+# Layers that quantize their inputs, in every way and beside others: by a pattern in the name. For two decoder layers of
+# inputs that are multiples of 32.
+MIXED = {
+    "self_attn.[qkv]": Quantized(4, None, "symmetric", ActivationGrid(4, "tensor"), 1.3),
+    "o_proj": Quantized(8, None, "symmetric", ActivationGrid(8, "token")),
+    "layers.0.mlp.(gate|up)": Quantized(8, 32, "asymmetric", ActivationGrid(8, "tensor"), 1.1),
+    "layers.0.mlp.down": Quantized(4, 32, "minimum", ActivationGrid(4, "token")),
+    "layers.1.mlp.(gate|up)": Quantized(),
+    "layers.1.mlp.down": Quantized(4, None, "asymmetric", ActivationGrid(8, "tensor"), 1.2),
+}
+
+
 def tiny_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
     config = {
         "model_type": model_type,
@@ -280,6 +292,7 @@ class Tiny:
     """Makers of tiny things."""
 
     HEAD = HEAD
+    MIXED = MIXED
     head = staticmethod(write_head)
     plan = staticmethod(plan_json)
     training_record = staticmethod(training_record)

@@ -106,27 +106,15 @@ def test_flattened_inputs_must_be_as_wide_as_the_weight(tiny):
         encode("L", weight, "F32", inputs=LayerInputs(TENSOR4, 0.5, columns()))
 
 
-@pytest.fixture(scope="module")
-def mixed(tiny):
-    """Every way of quantizing inputs in one model."""
-    return {
-        "self_attn.[qkv]": tiny.Quantized(4, None, "symmetric", TENSOR4, 1.3),
-        "o_proj": tiny.Quantized(8, None, "symmetric", TOKEN8),
-        "layers.0.mlp.(gate|up)": tiny.Quantized(8, 32, "asymmetric", TENSOR8, 1.1),
-        "layers.0.mlp.down": tiny.Quantized(4, 32, "minimum", ActivationGrid(4, "token")),
-        "layers.1.mlp.(gate|up)": tiny.Quantized(4, 32, "asymmetric"),
-    }
-
-
-def test_a_model_of_all_kinds_is_read(tmp_path, tiny, mixed):
-    with ModelDirectory.open(tiny.model(tmp_path / "m", tiny.config(), mixed)) as model:
+def test_a_model_of_all_kinds_is_read(tmp_path, tiny):
+    with ModelDirectory.open(tiny.model(tmp_path / "m", tiny.config(), tiny.MIXED)) as model:
         flattened = model.inputs(NORM)
         assert (flattened.grid, flattened.num_channels) == (TENSOR4, 96)
         assert model.linear(NORM).shape == (96, flattened.flatten.size)
         assert model.inputs("model.layers.0.self_attn.k_proj").equals(flattened)
         assert model.inputs("model.layers.0.self_attn.o_proj").scale is None
         assert model.inputs("model.layers.1.mlp.up_proj") is None
-        assert model.inputs("model.layers.1.mlp.down_proj") is None
+        assert model.inputs("model.layers.1.mlp.down_proj").flatten.size == 192
         assert "4-bit, a scale per output, symmetric, inputs 4-bit per tensor, flattened" in describe_precision(model)
         for name in model.layers:
             model.linear(name)
@@ -182,8 +170,8 @@ def misplace(flatten):
         ),
     ],
 )
-def test_inputs_that_are_not_as_documented_are_refused_by_file_and_name(tmp_path, tiny, mixed, change, reason):
-    directory = tiny.model(tmp_path / "m", tiny.config(), mixed)
+def test_inputs_that_are_not_as_documented_are_refused_by_file_and_name(tmp_path, tiny, change, reason):
+    directory = tiny.model(tmp_path / "m", tiny.config(), tiny.MIXED)
     rewrite(directory, change)
     with pytest.raises(FormatError, match=reason) as caught:
         ModelDirectory.open(directory)
