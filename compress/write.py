@@ -55,14 +55,18 @@ def write_quantized(
         shutil.copyfile(target / "generation_config.json", out / "generation_config.json")
 
 
-def stored_bits_per_weight(layers: Mapping[str, GroupedInt]) -> float:
-    """Bits a quantized weight takes in the file, its group's scale and zero point or minimum included."""
+def stored_bits_per_weight(layers: Mapping[str, GroupedInt], inputs: Mapping[str, LayerInputs] | None = None) -> float:
+    """Bits a quantized weight takes in the file, its group's scale and zero point or minimum included.
+
+    inputs: as of `write_quantized`; the columns that flattening adds count as bits of the weights that they repeat.
+    """
     bits, count = 0.0, 0
-    for weight in layers.values():
+    for name, weight in layers.items():
         scale_bits = 32 if _scale_dtype(weight) == "F32" else 16
         zero_bits = scale_bits if weight.zero_point is None else 0 if _is_symmetric(weight) else weight.bits
         bits += weight.q.size * weight.bits + weight.scale.size * (scale_bits + zero_bits)
-        count += weight.q.size
+        flattened = (inputs or {}).get(name)
+        count += weight.shape[0] * ((flattened and flattened.num_channels) or weight.shape[1])
     return bits / count if count else 16.0
 
 

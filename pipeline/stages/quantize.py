@@ -32,7 +32,7 @@ def build(source: Source, context: BuildContext) -> None:
     stats = {
         "method": context.config["method"],
         "num_layers": len(result.layers),
-        "bits_per_weight": stored_bits_per_weight(result.layers),
+        "bits_per_weight": stored_bits_per_weight(result.layers, result.inputs),
         "num_bytes": (context.out / "model" / "model.safetensors").stat().st_size,
         "fallbacks": result.fallbacks,
         "float_minima": any(weight.zero_point is None for weight in result.layers.values()),

@@ -237,6 +237,20 @@ def test_methods_that_quantize_inputs_calibrate_and_are_compared_with_the_defaul
             stage.check(stage.config)
 
 
+@pytest.mark.parametrize("method", ["smoothquant", "flattenquant"])
+def test_the_intermediate_may_quantize_its_inputs_too(graph: Graph, method: str) -> None:
+    stage = graph(f"quantize@intermediate.quantize={method}")["quantize-intermediate"]
+    assert stage.check is not None
+    stage.check(stage.config)
+    assert set(stage.inputs) == {"target", "calibrate"}
+    bad = graph(f"quantize@intermediate.quantize={method}", "intermediate.quantize.dampening=0")[
+        "quantize-intermediate"
+    ]
+    assert bad.check is not None
+    with pytest.raises(ValueError, match=r"intermediate\.quantize\.dampening=0"):
+        bad.check(bad.config)
+
+
 @pytest.mark.parametrize(
     ("method", "override", "message"),
     [
