@@ -53,8 +53,9 @@ def smoothquant(
 ) -> QuantizedLayers:
     """A smoothed and quantized model.
 
-    samples: calibration token ids. alphas: to choose from, by KL(target ‖ model) on `choice_samples`, each with weights
-    rounded to nearest; no choice is made among one. on_layers: called with the number of layers that GPTQ just did.
+    samples: calibration token ids. alphas: to choose from, by KL(target ‖ model) on `choice_samples`, on which these
+    candidates are also calibrated, with weights rounded to nearest; no choice is made among one. on_layers: called with
+    the number of layers that GPTQ just did.
     Raises ValueError when a Hessian is singular and rule.on_singular is "error".
     """
     candidates = alphas if len(alphas) > 1 else []
@@ -62,7 +63,7 @@ def smoothquant(
     alpha = min(divergences, key=lambda each: divergences[each], default=alphas[0])
     model = load_model(model_dir)
     smooth(model, samples, alpha)
-    fallen_back = run_recipe(model, _modifier(rule, rule.solver), samples, on_layers)
+    fallen_back = run_recipe(model, recipe_modifier(rule, rule.solver), samples, on_layers)
     return QuantizedLayers(
         read_grids(model),
         counted_fallbacks(fallen_back, rule.on_singular),
@@ -94,10 +95,10 @@ def read_inputs(model: PreTrainedModel, grid: ActivationGrid) -> dict[str, Layer
 
 
 def _divergence(model_dir: Path, samples: Sequence[Sequence[int]], rule: SmoothQuantRule, alpha: float) -> float:
-    """KL(target ‖ model) on the samples, of the model that rounding at `alpha` gives."""
+    """KL(target ‖ model) on the samples, of the model that they and rounding give at `alpha`."""
     model = load_model(model_dir)
     smooth(model, samples, alpha)
-    run_recipe(model, _modifier(rule, "rtn"), samples)
+    run_recipe(model, recipe_modifier(rule, "rtn"), samples)
     layers, inputs, norms = read_grids(model), read_inputs(model, rule.activations), norm_weights(model)
     model = load_model(model_dir)
     for name, value in norms.items():
@@ -107,7 +108,8 @@ def _divergence(model_dir: Path, samples: Sequence[Sequence[int]], rule: SmoothQ
     return quality.kl
 
 
-def _modifier(rule: SmoothQuantRule, solver: Solver) -> Modifier:
+def recipe_modifier(rule: SmoothQuantRule, solver: Solver) -> Modifier:
+    """What quantizes a smoothed model, or one that is not."""
     is_static = rule.activations.scope == "tensor"
     activations = QuantizationArgs(
         num_bits=rule.activations.bits,

@@ -17,7 +17,7 @@ from compress.load import load_float32
 from compress.quality import measure
 from compress.quantized_inputs import quantize_layers
 from compress.recipes import load_model, read_grids, run_recipe
-from compress.smoothquant import SmoothQuantRule, _modifier, norm_weights, read_inputs, smooth, smoothquant
+from compress.smoothquant import SmoothQuantRule, norm_weights, read_inputs, recipe_modifier, smooth, smoothquant
 from compress.write import write_quantized
 from deploy.formats.activations import ActivationGrid
 from deploy.formats.model_dir import ModelDirectory
@@ -108,7 +108,7 @@ def test_outliers_break_a_scale_for_each_layer_but_not_a_smoothed_one(
 ) -> None:
     how = rule(weights, bits, "tensor", "gptq")
     model = load_model(directory)
-    run_recipe(model, _modifier(how, "gptq"), samples)
+    run_recipe(model, recipe_modifier(how, "gptq"), samples)
     plain = QuantizedLayers(read_grids(model), inputs=read_inputs(model, how.activations))
     smoothed = quantized(directory, samples, how, (0.6,))
     worse = divergence(directory, plain, samples, tmp_path / "plain")
