@@ -27,6 +27,8 @@ from pipeline.schema import Config, register
 from pipeline.stages.graph import build_graph
 
 ALONE = ("stage=quality", "quality=none", "eagle=none", "intermediate=none", "evaluate=none")
+OF_BOTH = ("quantize.num_samples=", "quantize.calibration=")
+"""Keys that FlattenQuant and SmoothQuant have in the same sense."""
 SHARES = (0.0, 0.25, 0.4829, 0.75, 1.0)
 
 
@@ -101,7 +103,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     register()
-    shared = [o for o in arguments.overrides if not o.startswith("quantize.")]
+    shared = [o for o in arguments.overrides if not o.startswith("quantize.") or o.startswith(OF_BOTH)]
     first = measure("quantize=flattenquant", *arguments.overrides, "quantize.gamma=0")
     criterion = next((o.partition("=")[2] for o in arguments.overrides if o.startswith("quantize.criterion=")), "error")
     costs, source = layer_costs(first, criterion), first["quality"]["source"]
