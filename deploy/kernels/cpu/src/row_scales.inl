@@ -1,6 +1,6 @@
-// Linear layers whose inputs have one scale a row (docs/numerics.md, "Linear layers with whole-row scales"). Included by
-// kernels.inl: sums of integers run over a whole weight group, or over all inputs where a weight has a scale per output,
-// and the rows' scales come in once, at the end.
+// Linear layers whose inputs have one scale a row (docs/numerics.md, "Linear layers with whole-row scales"). Included
+// by kernels.inl: sums of integers run over a whole weight group, or over all inputs where a weight has a scale per
+// output, and the rows' scales come in once, at the end.
 
 // ---- products --------------------------------------------------------------------------------------------------
 
