@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from deploy.formats.activations import ActivationGrid
+from deploy.formats.model_dir import ModelDirectory
 from deploy.kernels.reference.model import ReferenceBackend
 from deploy.runtime.backend import Row
 from deploy.runtime.cpu_backend import CpuBackend
@@ -116,3 +117,18 @@ def test_more_rows_than_one_pass_takes_are_the_same(tmp_path, tiny):
     np.testing.assert_array_equal(backend.forward([Row(int(tokens[200]), 200, 0)]).logits[0], together[1])
     fill(backend, tokens[:511])
     np.testing.assert_array_equal(backend.forward([Row(int(tokens[511]), 511, 0)]).logits[0], together[2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "other"),
+    [
+        (("gate",), ("up", 8, None, "symmetric", ActivationGrid(8, "token"))),
+        (("k_proj", 4, None, "symmetric", ActivationGrid(4, "token")), ("q_proj|v_proj", 4, 32, "symmetric", GRIDS[3])),
+    ],
+)
+def test_layers_that_disagree_about_a_row_are_refused_natively_too(tmp_path, tiny, monkeypatch, kind, other):
+    """The library reads one form of a row for all of them; it does not rely on the file's reader."""
+    monkeypatch.setattr(ModelDirectory, "_check_shared_inputs", lambda self: None)
+    kinds = {pattern: tiny.Quantized(*form) for pattern, *form in (kind, other)}
+    with pytest.raises(RuntimeError, match="quantize their inputs differently"):
+        CpuBackend(tiny.model(tmp_path / "m", tiny.config(), kinds))

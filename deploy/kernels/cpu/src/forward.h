@@ -116,7 +116,7 @@ class Forward : public Program {
   int64_t serial_ = 0;  // of the program, so that no thread takes old inputs for new ones
   Buffer<float> x_;  // of the rows that run now; of a head all provisional rows: their children read it
   Buffer<float> qkv_, attention_, joined_, logits_;
-  Buffer<float> hidden_rows_;  // what enters `down`, where that quantizes whole rows; otherwise hidden_ is written at once
+  Buffer<float> hidden_rows_;  // what enters `down` where that quantizes whole rows; elsewhere hidden_ alone is written
   std::vector<float*> logit_rows_;
   std::vector<int64_t> head_indices_;
   std::array<InputsBuffer, kNumSources> shared_;

@@ -205,7 +205,8 @@ void check_inputs(const us_weights& from) {
     const int64_t before = i ? from.flatten[i - 1] : -1, step = from.flatten[i] - before;
     if ((i == 0 || step != 0) && step != 1) throw std::invalid_argument("flatten must name every channel in order");
   }
-  if ((int64_t{from.flatten[from.inputs - 1]} + 1) % kGroup) throw std::invalid_argument("channels must be a multiple of 32");
+  if ((int64_t{from.flatten[from.inputs - 1]} + 1) % kGroup)
+    throw std::invalid_argument("the number of channels must be a multiple of 32");
 }
 
 void check(const us_weights& from) {
@@ -215,7 +216,8 @@ void check(const us_weights& from) {
   if (from.scale_type < 0 || from.scale_type > 2) throw std::invalid_argument("unknown number type");
   if (!from.is_plain && from.bits != 4 && from.bits != 8)
     throw std::invalid_argument("bits=" + std::to_string(from.bits) + " is not supported; use 4 or 8");
-  if (!from.is_plain && (from.group_size <= 0 || from.inputs % from.group_size)) throw std::invalid_argument("group_size does not divide inputs");
+  if (!from.is_plain && (from.group_size <= 0 || from.inputs % from.group_size))
+    throw std::invalid_argument("group_size does not divide inputs");
   if (from.is_bytes && (from.is_plain || from.bits != 8)) throw std::invalid_argument("bytes hold 8-bit codes only");
   if (from.input_bits) return check_inputs(from);
   if (from.flatten || from.input_scale != 0.0f) throw std::invalid_argument("an input scale needs input_bits");

@@ -3,8 +3,8 @@
 // A matrix [outputs, inputs] is cut into tiles of 32 outputs; one tile lies in one piece, in the order of reading:
 //
 //   scales   [inputs/group][32]   fp32, or the 16-bit type that they came in; one group with a scale per output
-//   minima   [inputs/group][32]   zero points in a byte each, or numbers like the scales; none for signed codes, nor for
-//                                 a symmetric grid whose inputs have one scale a row
+//   minima   [inputs/group][32]   zero points in a byte each, or numbers like the scales; none for signed codes, nor
+//                                 for a symmetric grid whose inputs have one scale a row
 //   codes    [inputs/32][2][…]    two vectors of 16 outputs; within one, vectors of 64 bytes:
 //              4 bits: 4 vectors, vector j byte 4c+i: inputs 8j+i (low nibble) and 8j+4+i (high nibble) of output c
 //              8 bits: 8 vectors, vector j byte 4c+i: input 4j+i of output c

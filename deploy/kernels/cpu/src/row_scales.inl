@@ -1,6 +1,6 @@
-// Linear layers whose inputs have one scale a row (docs/numerics.md, "Linear layers with whole-row scales"). Included by
-// kernels.inl: sums of integers run over a whole weight group, or over all inputs where a weight has a scale per output,
-// and the rows' scales come in once, at the end.
+// Linear layers whose inputs have one scale a row (docs/numerics.md, "Linear layers with whole-row scales"). Included
+// by kernels.inl: sums of integers run over a whole weight group, or over all inputs where a weight has a scale per
+// output, and the rows' scales come in once, at the end.
 
 // ---- products --------------------------------------------------------------------------------------------------
 
@@ -250,14 +250,11 @@ void quantize_row(const float* x, const float* weight, float eps, const InputGri
     x = scratch;
   }
   const auto qmax = static_cast<float>(grid.qmax);
-  if (grid.scale == 0.0f) {
-    const GroupScale s = scale_of(absmax_of(x, grid.channels), qmax);
-    out.scale[row] = s.scale;
-    const Floats inverse = set1(s.inverse);
-    return write_row(out, row, [=](int32_t i) { return round_to_ints(mul(load(x + i), inverse)); });
-  }
-  out.scale[row] = grid.scale;
-  const Floats inverse = set1(1.0f / grid.scale);
+  GroupScale s = {grid.scale, 1.0f / grid.scale};
+  if (grid.scale == 0.0f) s = scale_of(absmax_of(x, grid.channels), qmax);
+  out.scale[row] = s.scale;
+  const Floats inverse = set1(s.inverse);
+  // A row's own scale needs no clamp, unless what is in it are not numbers: codes fit their grid all the same.
   if (!grid.flatten)
     return write_row(out, row, [=](int32_t i) { return round_to_ints(clamp(mul(load(x + i), inverse), qmax)); });
   // In place: every number is read before its code is written.

@@ -221,8 +221,8 @@ inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 // What is subtracted from 8-bit codes before `accumulate_group` multiplies them.
 constexpr int32_t kByteOffset = 0;
 
-// Adds the integer dots of one group of 32 inputs with codes − ZERO: 2 × 16 outputs, R rows. See matrix.h for the layout
-// of the codes.
+// Adds the integer dots of one group of 32 inputs with codes − ZERO: 2 × 16 outputs, R rows. See matrix.h for the
+// layout of the codes.
 template <int BITS, int ZERO, int R>
 ALWAYS_INLINE void accumulate_shifted(const uint8_t* codes, const int8_t* inputs, Ints (&d)[2][R]) {
   for (int t = 0; t < 2; ++t)

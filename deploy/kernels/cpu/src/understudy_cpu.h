@@ -36,7 +36,7 @@ typedef struct {
   int32_t bits, group_size, scale_type;
   int32_t is_plain;        /* quantized here to int8 in groups of 32 */
   int32_t has_float_minimum;
-  int32_t is_bytes;        /* packed, 8 bits: codes int8 [rows][inputs], code − 128; zero points int8 [rows][groups] too */
+  int32_t is_bytes;        /* 8 bits: codes int8 [rows][inputs], code − 128; zero points int8 [rows][groups] alike */
   /* How what it multiplies is quantized. 0 bits: in groups of 32, as docs/numerics.md says for layers whose file says
    * nothing; otherwise 4 or 8, with one scale a row, and group_size may be `inputs`: a scale per output. */
   int32_t input_bits;
