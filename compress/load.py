@@ -1,11 +1,17 @@
-"""A quantized model directory as a float32 torch model: the weights that the codes stand for, put into their places."""
+"""A quantized model directory as a float32 torch model: the weights that the codes stand for, put into their places.
+
+Where the directory says how a layer's inputs are quantized, the model quantizes them so.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from compress.quantized_inputs import INNER, InputQuantizedLinear, QuantizedInputs
+from deploy.formats.activations import LayerInputs
 from deploy.formats.architectures import linear_layers
 from deploy.formats.model_dir import ModelDirectory
 from deploy.formats.packed import GroupedInt
@@ -22,10 +28,13 @@ def load_float32(model_dir: Path) -> PreTrainedModel:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        state = model.state_dict()
         linear_names = {layer.name for layer in linear_layers(files.shape)}
+        for name in linear_names:
+            if inputs := files.inputs(name):
+                _quantize_inputs(model, name, inputs)
+        state = model.state_dict()
         for name in state:
-            state[name].copy_(_tensor(files, name, linear_names))
+            state[name].copy_(_tensor(files, name.replace(INNER, "."), linear_names))
         model.tie_weights()
     return model.eval()
 
@@ -35,6 +44,13 @@ def replace_weights(model: PreTrainedModel, layers: Mapping[str, GroupedInt]) ->
     for name, weight in layers.items():
         module = model.get_submodule(name)
         module.get_parameter("weight").data.copy_(torch.from_numpy(weight.dequantize()))
+
+
+def _quantize_inputs(model: PreTrainedModel, name: str, inputs: LayerInputs) -> None:
+    linear: Any = model.get_submodule(name)
+    num_in = linear.in_features if inputs.flatten is None else len(inputs.flatten)
+    inner = torch.nn.Linear(num_in, linear.out_features, bias=linear.bias is not None)
+    model.set_submodule(name, InputQuantizedLinear(QuantizedInputs(inputs), inner))
 
 
 def _tensor(files: ModelDirectory, name: str, linear_names: set[str]) -> torch.Tensor:

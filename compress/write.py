@@ -3,67 +3,99 @@
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from deploy.formats.activations import LayerInputs
 from deploy.formats.model_dir import ModelDirectory
 from deploy.formats.packed import GroupedInt, ScaleDtype, encode
 from deploy.formats.quantization_config import QuantizationGroup, quantization_config
 from deploy.formats.safetensors_file import BFloat16, from_bfloat16, to_bfloat16, write_safetensors
 
 
-def write_quantized(target: Path, layers: Mapping[str, GroupedInt], out: Path) -> None:
-    """Writes `out` in compressed-tensors pack-quantized form.
+def write_quantized(
+    target: Path,
+    layers: Mapping[str, GroupedInt],
+    out: Path,
+    *,
+    inputs: Mapping[str, LayerInputs] | None = None,
+    norms: Mapping[str, npt.NDArray[np.float32]] | None = None,
+) -> None:
+    """Writes `out` in compressed-tensors' form: pack-quantized, int-quantized where 8-bit layers quantize their inputs.
 
-    target: the unquantized model directory; layers: module name → weight, for the layers that were quantized. Other
+    target: the unquantized model directory; layers: module name → weight, for the layers that were quantized. inputs:
+    module name → how a layer's inputs are quantized; norms: tensor name → weight in place of the target's. Other
     matrices are rounded to bfloat16; vectors (norms, biases) too, unless that would change them.
     """
+    inputs, norms = inputs or {}, norms or {}
     out.mkdir(parents=True, exist_ok=True)
     with ModelDirectory.open(target) as files:
-        tensors = {}
+        tensors: dict[str, npt.NDArray[Any] | BFloat16] = {}
         is_whole = set(layers) == set(files.layers)
         for name in files.names():
             module = name.removesuffix(".weight")
             if module in layers:
-                weight = layers[module]
-                tensors.update(encode(module, weight, _scale_dtype(weight), symmetric=_is_symmetric(weight)))
+                weight, quantized = layers[module], inputs.get(module)
+                dtype = _scale_dtype(weight)
+                tensors |= encode(module, weight, dtype, symmetric=_is_symmetric(weight), inputs=quantized)
             else:
-                tensors[name] = _sixteen_bits(files.float32(name))
+                tensors[name] = _sixteen_bits(norms[name] if name in norms else files.float32(name))
                 files.release(name)
         write_safetensors(out / "model.safetensors", tensors, {"format": "pt"})
     config = json.loads((target / "config.json").read_text())
     config["dtype"] = "bfloat16"
     if layers:
-        config["quantization_config"] = quantization_config(_groups(layers, is_whole=is_whole))
+        config["quantization_config"] = quantization_config(_groups(layers, inputs, is_whole=is_whole))
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if (target / "generation_config.json").is_file():
         shutil.copyfile(target / "generation_config.json", out / "generation_config.json")
 
 
-def stored_bits_per_weight(layers: Mapping[str, GroupedInt]) -> float:
-    """Bits a quantized weight takes in the file, its group's scale and zero point or minimum included."""
+def stored_bits_per_weight(layers: Mapping[str, GroupedInt], inputs: Mapping[str, LayerInputs] | None = None) -> float:
+    """Bits a quantized weight takes in the file, its group's scale and zero point or minimum included.
+
+    inputs: as of `write_quantized`; the columns that flattening adds count as bits of the weights that they repeat.
+    """
     bits, count = 0.0, 0
-    for weight in layers.values():
+    for name, weight in layers.items():
         scale_bits = 32 if _scale_dtype(weight) == "F32" else 16
         zero_bits = scale_bits if weight.zero_point is None else 0 if _is_symmetric(weight) else weight.bits
         bits += weight.q.size * weight.bits + weight.scale.size * (scale_bits + zero_bits)
-        count += weight.q.size
+        flattened = (inputs or {}).get(name)
+        count += weight.shape[0] * ((flattened and flattened.num_channels) or weight.shape[1])
     return bits / count if count else 16.0
 
 
-def _groups(layers: Mapping[str, GroupedInt], *, is_whole: bool) -> list[QuantizationGroup]:
+def _groups(
+    layers: Mapping[str, GroupedInt], inputs: Mapping[str, LayerInputs], *, is_whole: bool
+) -> list[QuantizationGroup]:
     """One group where all of a model's layers are alike; otherwise each kind lists its layers by name.
 
     is_whole: `layers` are all linear layers of the model.
     """
-    by_kind: dict[tuple[int, int, bool, bool], list[str]] = {}
+    by_kind: dict[QuantizationGroup, list[str]] = {}
     for name, weight in layers.items():
-        kind = (weight.bits, weight.group_size, _is_symmetric(weight), weight.zero_point is None)
-        by_kind.setdefault(kind, []).append(name)
+        by_kind.setdefault(_group(weight, inputs.get(name), ("Linear",)), []).append(name)
     if is_whole and len(by_kind) == 1:
-        return [QuantizationGroup(("Linear",), *next(iter(by_kind)))]
-    return [QuantizationGroup(tuple(names), *kind) for kind, names in by_kind.items()]
+        return list(by_kind)
+    return [replace(kind, targets=tuple(names)) for kind, names in by_kind.items()]
+
+
+def _group(weight: GroupedInt, inputs: LayerInputs | None, targets: tuple[str, ...]) -> QuantizationGroup:
+    is_whole_row = inputs is not None and weight.group_size == weight.shape[1]
+    return QuantizationGroup(
+        targets,
+        weight.bits,
+        None if is_whole_row else weight.group_size,
+        _is_symmetric(weight),
+        float_minimum=weight.zero_point is None,
+        activations=None if inputs is None else inputs.grid,
+        flatten=inputs is not None and inputs.flatten is not None,
+    )
 
 
 def _is_symmetric(weight: GroupedInt) -> bool:

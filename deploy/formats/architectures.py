@@ -210,6 +210,16 @@ def linear_layers(shape: ModelShape) -> list[LinearLayer]:
     return layers
 
 
+def shared_inputs(shape: ModelShape) -> list[tuple[str, ...]]:
+    """Names of linear layers that read the same rows, in forward order."""
+    groups: list[tuple[str, ...]] = []
+    for index in range(shape.num_layers):
+        attention, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
+        groups.append((f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"))
+        groups.append((f"{mlp}.gate_proj", f"{mlp}.up_proj"))
+    return groups
+
+
 def other_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Every tensor that is not a linear layer's weight: full name → shape, in forward order."""
     tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab_size, shape.hidden_size)}

@@ -25,8 +25,8 @@ from deploy.formats.components import (
     Component,
     component_json,
     describe_components,
-    has_float_minima,
     parse_component,
+    used_extensions,
 )
 from deploy.formats.draft_vocabulary import read_draft_vocabulary
 from deploy.formats.errors import BundleError, FormatError
@@ -36,7 +36,7 @@ from deploy.formats.speculators import EagleDirectory
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 REQUIRED_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "report.html", "README.md")
-EXTENSIONS = ("weight_min",)
+EXTENSIONS = ("weight_min", "input_flatten")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -110,8 +110,8 @@ def write_manifest(
     digests = {name: record["sha256"] for name, record in files.items()}
     described = [_required(found) for found in describe_components(directory, components, digests)]
     models = [path for role, path in components.items() if role in MODEL_ROLES]
-    if any(has_float_minima(directory, path) for path in models) and "weight_min" not in extensions:
-        raise BundleError(f"{directory}: a model has weight_min tensors; declare extensions=['weight_min']")
+    for extension in sorted(set().union(*(used_extensions(directory, path) for path in models)) - set(extensions)):
+        raise BundleError(f"{directory}: a model has {extension} tensors; declare extensions=['{extension}']")
     template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
     content = {
         "format_version": FORMAT_VERSION,

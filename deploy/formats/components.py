@@ -64,7 +64,11 @@ def describe_precision(model: ModelDirectory) -> str:
             phrase = f"{model.dtype(f'{name}.weight')} linear layers"
         else:
             form = "symmetric" if group.symmetric else "float minima" if group.float_minimum else "zero points"
-            phrase = f"{group.bits}-bit, groups of {group.group_size}, {form}"
+            scales = "a scale per output" if group.group_size is None else f"groups of {group.group_size}"
+            phrase = f"{group.bits}-bit, {scales}, {form}"
+            if group.activations is not None:
+                phrase += f", inputs {group.activations.bits}-bit per {group.activations.scope}"
+                phrase += ", flattened" if group.flatten else ""
         if phrase not in phrases:
             phrases.append(phrase)
     return "; ".join([*phrases, f"{model.dtype('model.embed_tokens.weight')} embedding"])
@@ -143,11 +147,15 @@ def _parse_drafter(role: str, raw: object) -> Drafter:
     return Drafter(raw["target"], raw["draft_vocab_size"], tuple(raw["feature_layers"]), acceptance, mbsu)
 
 
-def has_float_minima(directory: Path, path: str) -> bool:
-    """Whether the model at `directory / path` uses the extension `weight_min`."""
+def used_extensions(directory: Path, path: str) -> set[str]:
+    """Which of the format's extensions the model at `directory / path` uses."""
     with ModelDirectory.open(directory / path) as model:
-        groups = model.quantization.groups if model.quantization else ()
-        return any(group.float_minimum for group in groups)
+        groups = [group for name in model.layers if (group := model.group(name))]
+    uses = {
+        "weight_min": any(group.float_minimum for group in groups),
+        "input_flatten": any(group.flatten for group in groups),
+    }
+    return {extension for extension, is_used in uses.items() if is_used}
 
 
 def _describe_model(directory: Path, role: str, path: str) -> Component:

@@ -1,7 +1,7 @@
-"""A model directory: config.json and model.safetensors (or its shards), plain or pack-quantized.
+"""A model directory: config.json and model.safetensors (or its shards), plain or quantized.
 
-Everything is checked on opening, from headers alone: each tensor that the architecture needs is there with its shape,
-and nothing else is. Weights are then read one at a time.
+Everything is checked on opening, from headers and the little that says how inputs are quantized: each tensor that the
+architecture needs is there with its shape, and nothing else is. Weights are then read one at a time.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from deploy.formats import packed
-from deploy.formats.architectures import LinearLayer, ModelShape, linear_layers, other_tensors
+from deploy.formats.activations import INPUT_SUFFIXES, MAX_COLUMNS, LayerInputs, decode_inputs
+from deploy.formats.architectures import LinearLayer, ModelShape, linear_layers, other_tensors, shared_inputs
 from deploy.formats.errors import FormatError
 from deploy.formats.packed import GroupedInt
-from deploy.formats.quantization_config import Quantization, QuantizationGroup, parse_quantization_config
+from deploy.formats.quantization_config import PACK_FORMAT, Quantization, QuantizationGroup, parse_quantization_config
 from deploy.formats.safetensors_file import SafetensorsFile, from_bfloat16
 
 WEIGHTS_FILE = "model.safetensors"
@@ -27,6 +28,7 @@ INDEX_FILE = "model.safetensors.index.json"
 # Buffers that old checkpoints carry and that follow from config.json.
 _DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 _FLOATS = ("F32", "F16", "BF16")
+_SUFFIXES = {*packed.SUFFIXES, *packed.INT_SUFFIXES, *INPUT_SUFFIXES}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -126,6 +128,7 @@ class ModelDirectory:
             raise FormatError(f"{path / 'config.json'}: {str(error).removeprefix('config.json: ')}") from error
         self.eos_token_ids = _eos_token_ids(path, config, self.shape.vocab_size)
         self.layers = {layer.name: layer for layer in linear_layers(self.shape)}
+        self._inputs: dict[str, LayerInputs] = {}
         self._check_tensors()
 
     @classmethod
@@ -157,7 +160,11 @@ class ModelDirectory:
         if group is None:
             self._check_plain(f"{layer.name}.weight", (layer.num_out, layer.num_in))
             return {f"{layer.name}.weight"}
-        packed.check_packed(self._shards, layer.name, (layer.num_out, layer.num_in), group.group_size, group.bits)
+        is_packed, num_columns = group.format == PACK_FORMAT, layer.num_in
+        if group.activations is not None:
+            num_columns = self._check_inputs(layer, group)
+        shape = (layer.num_out, num_columns)
+        packed.check_packed(self._shards, layer.name, shape, group.group_size, group.bits, is_packed=is_packed)
         has_zeros = f"{layer.name}.weight_zero_point" in self._shards
         has_minimum = f"{layer.name}.weight_min" in self._shards
         if has_minimum != group.float_minimum or has_zeros == (group.symmetric or group.float_minimum):
@@ -165,7 +172,37 @@ class ModelDirectory:
                 f"layer {layer.name!r} has weight_zero_point: {has_zeros}, weight_min: {has_minimum}, "
                 f"but config.json says symmetric={group.symmetric}, float minimum={group.float_minimum}"
             )
-        return {f"{layer.name}.{suffix}" for suffix in packed.SUFFIXES}
+        suffixes = packed.SUFFIXES if is_packed else packed.INT_SUFFIXES
+        return {f"{layer.name}.{suffix}" for suffix in (*suffixes, *self._input_suffixes(layer.name))}
+
+    def _input_suffixes(self, name: str) -> list[str]:
+        inputs = self._inputs.get(name)
+        values = (None, None) if inputs is None else (inputs.scale, inputs.flatten)
+        return [suffix for suffix, value in zip(INPUT_SUFFIXES, values, strict=True) if value is not None]
+
+    def _check_inputs(self, layer: LinearLayer, group: QuantizationGroup) -> int:
+        """Read and check how a layer's inputs are quantized; the number of its weight's columns."""
+        assert group.activations is not None
+        inputs = decode_inputs(self._shards, layer.name, group.activations, layer.num_in, is_flattened=group.flatten)
+        self._inputs[layer.name] = inputs
+        num_columns = layer.num_in if inputs.flatten is None else inputs.flatten.size
+        if num_columns > MAX_COLUMNS:
+            raise FormatError(
+                f"layer {layer.name!r} has {num_columns} columns; with quantized inputs at most {MAX_COLUMNS}"
+            )
+        return num_columns
+
+    def _check_shared_inputs(self) -> None:
+        """What reads the same rows must quantize them alike: a runtime does it once."""
+        for names in shared_inputs(self.shape):
+            first = self._inputs.get(names[0])
+            for name in names[1:]:
+                other = self._inputs.get(name)
+                if (first is None) != (other is None) or (first and other and not first.equals(other)):
+                    raise FormatError(
+                        f"layers {names[0]!r} and {name!r} read the same rows, but quantize them differently "
+                        "(bits, scope, input_scale or input_flatten); give them one grid"
+                    )
 
     def _check_plain(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._shards:
@@ -185,6 +222,7 @@ class ModelDirectory:
                 known.add(name)
             for layer in self.layers.values():
                 known |= self._check_layer(layer)
+            self._check_shared_inputs()
             if self.shape.tied_embeddings and "lm_head.weight" in self._shards:
                 self._check_tied_head()
                 known.add("lm_head.weight")
@@ -223,16 +261,24 @@ class ModelDirectory:
         return view if view.flags.aligned else view.copy()
 
     def linear(self, name: str) -> GroupedInt | npt.NDArray[np.float32]:
-        """Weight [out, in] of linear layer `name` (without `.weight`): packed codes, or float32 when plain."""
+        """Weight [out, in] of linear layer `name` (without `.weight`): codes, or float32 when plain.
+
+        Where the layer's inputs are flattened, it has a column for each copy.
+        """
         if name not in self.layers:
             raise ValueError(f"{self.path}: {name!r} is not a linear layer of this model")
         group = self.group(name)
         if group is None:
             return self.float32(f"{name}.weight")
         try:
-            return packed.decode(self._shards, name, group.group_size, group.bits)
+            is_packed = group.format == PACK_FORMAT
+            return packed.decode(self._shards, name, group.group_size, group.bits, is_packed=is_packed)
         except FormatError as error:
             raise FormatError(f"{self.path}: {error}") from error
+
+    def inputs(self, name: str) -> LayerInputs | None:
+        """How the inputs of linear layer `name` are quantized; None where its file leaves that to the runtime."""
+        return self._inputs.get(name)
 
     def float32(self, name: str) -> npt.NDArray[np.float32]:
         """Any float tensor, whole, as float32."""
@@ -245,8 +291,7 @@ class ModelDirectory:
 
     def release(self, name: str) -> None:
         """Let the pages of tensor `name`, or of all tensors of linear layer `name`, be dropped."""
-        names = [name, f"{name}.weight", *(f"{name}.{suffix}" for suffix in packed.SUFFIXES)]
-        for candidate in names:
+        for candidate in (name, *(f"{name}.{suffix}" for suffix in _SUFFIXES)):
             if candidate in self._shards:
                 self._shards.owner(candidate).release(candidate)
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from deploy.formats.architectures import ModelShape
 from deploy.formats.errors import FormatError
 from deploy.formats.model_dir import ModelDirectory
+from deploy.formats.quantization_config import INT_FORMAT, QuantizationGroup
 from deploy.formats.speculators import EMBEDDING, EagleDirectory
 from deploy.kernels.cpu.library import Runtime, Shape, SourceWeights, native, native_error, pointer, require
 
@@ -135,11 +136,10 @@ class _LanguageModelLoader(_Loader):
         num_out, num_in = values.shape
         return SourceWeights((num_out, num_in), values, self._directory.dtype(name), row_ids=row_ids)
 
-    def _grouped(self, name: str, bits: int, group_size: int) -> SourceWeights:
-        if group_size % _GROUP:
-            raise ValueError(f"group_size={group_size} is not a multiple of {_GROUP}; use 32, 64 or 128")
-        files = self._directory
-        layer = files.layers[name]
+    def _grouped(self, name: str, group: QuantizationGroup) -> SourceWeights:
+        if group.group_size is not None and group.group_size % _GROUP:
+            raise ValueError(f"group_size={group.group_size} is not a multiple of {_GROUP}; use 32, 64 or 128")
+        files, layer, inputs = self._directory, self._directory.layers[name], self._directory.inputs(name)
         scale, dtype, minimum = files.array(f"{name}.weight_scale"), files.dtype(f"{name}.weight_scale"), None
         has_float_minimum = f"{name}.weight_min" in files
         if has_float_minimum and files.dtype(f"{name}.weight_min") != dtype:
@@ -149,14 +149,24 @@ class _LanguageModelLoader(_Loader):
             minimum = files.array(f"{name}.weight_min")
         elif f"{name}.weight_zero_point" in files:
             minimum = files.array(f"{name}.weight_zero_point")
-        codes = files.array(f"{name}.weight_packed")
+        is_bytes = group.format == INT_FORMAT
+        columns = layer.num_in if inputs is None or inputs.flatten is None else inputs.flatten.size
         return SourceWeights(
-            (layer.num_out, layer.num_in), codes, dtype, scale, minimum, bits, group_size, has_float_minimum
+            (layer.num_out, columns),
+            files.array(f"{name}.weight" if is_bytes else f"{name}.weight_packed"),
+            dtype,
+            scale,
+            minimum,
+            group.bits,
+            columns if group.group_size is None else group.group_size,
+            has_float_minimum,
+            is_bytes=is_bytes,
+            inputs=inputs,
         )
 
     def _set_layer(self, layer: int, which: int, name: str) -> None:
         group = self._directory.group(name)
-        source = self._plain(f"{name}.weight") if group is None else self._grouped(name, group.bits, group.group_size)
+        source = self._plain(f"{name}.weight") if group is None else self._grouped(name, group)
         bias = self._directory.float32(f"{name}.bias") if f"{name}.bias" in self._directory else None
         self._set_linear(layer, which, name, source, bias)
 

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from pipeline.report import drafter, evaluation
+from pipeline.report import drafter, evaluation, quantized_inputs
 from pipeline.report.drafter import DrafterFacts
 from pipeline.report.plots import acceptance_bars, bars_by_group, curve
 from pipeline.report.quality_table import QualityRow, as_markdown, caption, cells
@@ -23,8 +23,8 @@ class Facts:
     """What both documents tell. rows: the source first, then the bundle's own method, then what it is compared with.
 
     source, stats: `source.json` and `stats.json` of the stages; method: the quantize config; samples: counts by
-    group and split; examples: one sample of each group; provenance: pretty-printed JSON; drafters: the bundle's;
-    evaluation: `evaluate.json`, where the bundle was evaluated.
+    group and split; examples: one sample of each group; provenance: pretty-printed JSON; obstacle: why vLLM does not
+    load the target; drafters: the bundle's; evaluation: `evaluate.json`, where the bundle was evaluated.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Facts:
     samples: dict[str, dict[str, int]]
     examples: Sequence[dict[str, str]]
     provenance: str
+    obstacle: str | None = None
     drafters: Sequence[DrafterFacts] = ()
     evaluation: dict[str, Any] | None = None
 
@@ -54,6 +55,7 @@ def html_report(facts: Facts) -> str:
         **_common(facts),
         table=cells(facts.rows),
         kl_plot=Markup(bars_by_group(facts.rows, "kl", skip_first=True)),
+        error_table=quantized_inputs.error_cells(facts.stats),
         perplexity_plot=Markup(bars_by_group(facts.rows, "perplexity")),
         samples=facts.samples,
         examples=facts.examples,
@@ -97,6 +99,8 @@ def _common(facts: Facts) -> dict[str, Any]:
         "fallbacks": {policy: len(layers) for policy, layers in facts.stats["fallbacks"].items()},
         "float_minima": facts.stats["float_minima"],
         "twin": bool(facts.method.get("twin")),
+        "obstacle": facts.obstacle,
+        "inputs_lines": quantized_inputs.summary_lines(facts.stats),
         "caption": caption(facts.rows),
         "speed_caption": evaluation.caption(facts.evaluation) if facts.evaluation else "",
         "speed_lines": evaluation.summary_lines(facts.evaluation) if facts.evaluation else [],

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from deploy.formats.components import used_extensions
 from pipeline.stages.eagle import HEAD
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -46,10 +46,10 @@ def assemble(inputs: dict[str, Path], bundle: Path, place: Place = shutil.copyfi
     return components
 
 
-def has_float_minima(inputs: dict[str, Path]) -> bool:
-    """Whether a model among `inputs` uses the extension `weight_min`."""
-    found = [inputs[role] / "stats.json" for role in ("quantize", f"quantize-{INTERMEDIATE}") if role in inputs]
-    return any(json.loads(path.read_text())["float_minima"] for path in found)
+def extensions(inputs: dict[str, Path]) -> list[str]:
+    """The extensions of the format that models among `inputs` use."""
+    roles = [role for role in ("quantize", f"quantize-{INTERMEDIATE}") if role in inputs]
+    return sorted(set().union(*(used_extensions(inputs[role], "model") for role in roles)))
 
 
 def link_or_copy(source: Path, out: Path) -> None:

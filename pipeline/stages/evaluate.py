@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.graph import BuildContext
-from pipeline.stages.assemble import assemble, has_float_minima, link_or_copy
+from pipeline.stages.assemble import assemble, extensions, link_or_copy
 from pipeline.stages.calibrate import SAMPLES
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _open(context: BuildContext, directory: Path) -> Bundle:
         components=components,
         provenance={},
         licence="",
-        extensions=["weight_min"] if has_float_minima(context.inputs) else [],
+        extensions=extensions(context.inputs),
     )
     return Bundle(directory, manifest)
 

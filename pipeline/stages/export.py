@@ -14,7 +14,8 @@ from pipeline.manifest import Manifest
 from pipeline.report.drafter import summary_line as drafter_line
 from pipeline.report.evaluation import summary_lines as speed_lines
 from pipeline.report.quality_table import QualityRow, as_text, caption
-from pipeline.stages.assemble import assemble, has_float_minima
+from pipeline.report.quantized_inputs import vllm_obstacle
+from pipeline.stages.assemble import assemble, extensions
 from pipeline.stages.calibrate import SAMPLES
 from pipeline.stages.evaluate import PLAN, RESULT
 from pipeline.stages.export_drafter import drafters_facts
@@ -37,7 +38,8 @@ def build(context: BuildContext) -> None:
     rows = quality_rows(context)
     stats = _read_json(context.inputs["quantize"] / "stats.json")
     source = _read_json(context.inputs["target"] / "source.json")
-    provenance = _provenance(context, source)
+    obstacle = _vllm_obstacle(bundle / "target")
+    provenance = {**_provenance(context, source), "vllm": {"loads": obstacle is None, "obstacle": obstacle}}
     facts = _facts(context, rows, stats, source, provenance, drafters=drafters, evaluation=evaluation)
     _write_documents(bundle, facts)
     write_manifest(
@@ -47,7 +49,7 @@ def build(context: BuildContext) -> None:
         provenance=provenance,
         licence=source["licence"],
         quality=[row.as_dict() for row in rows],
-        extensions=["weight_min"] if has_float_minima(context.inputs) else [],
+        extensions=extensions(context.inputs),
     )
     context.summary["quality"] = [row.as_dict() for row in rows]
     context.summary["table"] = [*as_text(rows), caption(rows)]
@@ -112,6 +114,13 @@ def quality_rows(context: BuildContext) -> list[QualityRow]:
     return rows
 
 
+def _vllm_obstacle(model: Path) -> str | None:
+    from deploy.formats.model_dir import ModelDirectory
+
+    with ModelDirectory.open(model) as files:
+        return vllm_obstacle(files.quantization)
+
+
 def _evaluation(context: BuildContext, bundle: Path) -> dict[str, Any] | None:
     """What evaluate measured, whose plan goes into the bundle; None where it was left out."""
     if "evaluate" not in context.inputs:
@@ -143,6 +152,7 @@ def _facts(
         samples=_sample_counts(context.inputs["calibrate"] / SAMPLES),
         examples=_examples(context.inputs["calibrate"] / SAMPLES),
         provenance=json.dumps(provenance, indent=2),
+        obstacle=provenance["vllm"]["obstacle"],
         drafters=drafters,
         evaluation=evaluation,
     )

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from compress.target.sources import Source, find_source
 from pipeline.graph import Stage, lazy
 from pipeline.schema import Config
-from pipeline.stages import evaluate, export, quantize
+from pipeline.stages import evaluate, export, quantize_check
 from pipeline.stages.graph_drafters import drafter_stages, least_acceptance
 from pipeline.stages.graph_models import (
     TORCH,
@@ -54,8 +54,8 @@ def _check_quantize(calibrate_config: dict[str, Any], source: Source, config: di
         raise ValueError(
             f"quantize=keep takes a GGUF file's own grid, and target.path={source.origin} is none; use quantize=gptq"
         )
-    quantize.check(config, lambda: lazy("compress.target.inspect:read_shape")(source))
-    quantize.check_calibration(config, calibrate_config)
+    quantize_check.check(config, lambda: lazy("compress.target.inspect:read_shape")(source))
+    quantize_check.check_calibration(config, calibrate_config)
 
 
 def _evaluate(plain: dict[str, Any], models: dict[str, Stage]) -> dict[str, Stage]:

@@ -20,7 +20,7 @@ from typing import Any
 from compress.target.sources import Source, find_source
 from deploy.formats.architectures import ModelShape
 from pipeline.graph import Stage, lazy
-from pipeline.stages import eagle, generate, intermediate, quantize
+from pipeline.stages import eagle, generate, intermediate, quantize_check
 from pipeline.stages.export_drafter import CONFIGS
 from pipeline.stages.graph_models import TORCH, VERSIONS, quantize_stage, target_stage
 
@@ -184,8 +184,8 @@ def _check_quantize(plain: dict[str, Any], source: Source, target_source: Source
             f"{key}.method=keep takes a GGUF file's own grid, so the model must be such a file, untrained"
             f" (intermediate=checkpoint intermediate.phases=[]); use quantize@{key}=gptq"
         )
-    quantize.check(method, partial(_planned_shape, config, source, target_source), key)
-    quantize.check_calibration(method, plain["calibrate"], key)
+    quantize_check.check(method, partial(_planned_shape, config, source, target_source), key)
+    quantize_check.check_calibration(method, plain["calibrate"], key)
 
 
 def _planned_shape(config: dict[str, Any], source: Source, target_source: Source) -> ModelShape:

@@ -9,6 +9,7 @@ from typing import Any
 from compress.target.sources import Source
 from pipeline.graph import Stage, lazy
 from pipeline.stages import calibrate
+from pipeline.stages.quantize_check import CALIBRATED
 
 TORCH = ("torch", "transformers")
 VERSIONS = {
@@ -21,7 +22,7 @@ VERSIONS = {
     "intermediate": 1,
     "measure": 1,
     "evaluate": 1,
-    "export": 5,
+    "export": 6,
 }
 """Raised when a stage's code gives other bytes."""
 
@@ -70,14 +71,16 @@ def quantize_stage(
 
     inputs: `target`, the model; `calibrate`.
     """
-    is_calibrated = config["method"] == "gptq"
+    is_calibrated = config["method"] in CALIBRATED
     return stage_of(
         "quantize",
         name,
         config,
         partial(lazy("pipeline.stages.quantize:build"), source),
         {role: stage for role, stage in inputs.items() if role != "calibrate" or is_calibrated},
-        packages=(*TORCH, "llmcompressor", "compressed-tensors") if config["method"] in ("gptq", "rtn") else ("gguf",),
+        packages=(*TORCH, "llmcompressor", "compressed-tensors")
+        if config["method"] not in ("keep", "q4_0")
+        else ("gguf",),
         check=check,
     )
 

@@ -12,6 +12,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from pipeline.stages.quantize_schema import METHODS
+
 
 class TargetKind(Enum):
     """package: a pip package with a GGUF file; gguf: a GGUF file; hf: a local directory or a hub id."""
@@ -93,67 +95,6 @@ class CalibrateConfig:
     text: TextConfig = field(default_factory=TextConfig)
 
 
-class Observer(Enum):
-    """How a group's range is found: its extremes, or the range with the least squared error (plain or weighted)."""
-
-    minmax = "minmax"
-    mse = "mse"
-    imatrix_mse = "imatrix_mse"
-
-
-class OnSingular(Enum):
-    """What happens to a layer whose Hessian cannot be inverted."""
-
-    error = "error"
-    rtn = "rtn"
-
-
-@dataclass
-class GptqConfig:
-    """`conf/quantize/gptq.yaml`. dampening: fraction of the Hessian's mean diagonal added to it.
-
-    calibration: groups of samples to use (chat, free, prose, code, text); null takes all that calibrate made.
-    num_samples: how many of them, the groups in turn; null takes all.
-    """
-
-    method: str = "gptq"
-    bits: int = MISSING
-    group_size: int = MISSING
-    symmetric: bool = MISSING
-    observer: Observer = MISSING
-    dampening: float = MISSING
-    activation_order: bool = MISSING
-    on_singular: OnSingular = MISSING
-    calibration: list[str] | None = None
-    num_samples: int | None = None
-
-
-@dataclass
-class RtnConfig:
-    """`conf/quantize/rtn.yaml`: round to nearest."""
-
-    method: str = "rtn"
-    bits: int = MISSING
-    group_size: int = MISSING
-    symmetric: bool = MISSING
-    observer: Observer = MISSING
-
-
-@dataclass
-class KeepConfig:
-    """`conf/quantize/keep.yaml`: a GGUF's own grid. twin: also write a standard W4A16 model for other engines."""
-
-    method: str = "keep"
-    twin: bool = MISSING
-
-
-@dataclass
-class Q4ZeroConfig:
-    """`conf/quantize/q4_0.yaml`: llama.cpp's Q4_0, the peer."""
-
-    method: str = "q4_0"
-
-
 @dataclass
 class QualityConfig:
     """`conf/quality/`. variants: name → a quantize config to compare with; peers that do not apply are left out."""
@@ -167,6 +108,5 @@ def register() -> None:
     store.store(group="target", name="target_schema", node=TargetConfig)
     store.store(group="calibrate", name="calibrate_schema", node=CalibrateConfig)
     store.store(group="quality", name="quality_schema", node=QualityConfig)
-    methods = {"gptq": GptqConfig, "rtn": RtnConfig, "keep": KeepConfig, "q4_0": Q4ZeroConfig}
-    for name, node in methods.items():
+    for name, node in METHODS.items():
         store.store(group="quantize", name=f"{name}_schema", node=node)

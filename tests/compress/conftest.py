@@ -222,6 +222,29 @@ class Tiny:
         cls.tokenizer(path)
         return path
 
+    @classmethod
+    def with_outliers(cls, factor: float = 30.0, **changes: Any) -> Any:
+        """A random model some of whose channels are `factor` times as large in front of q, k, v and gate, up.
+
+        The columns that read them are as much smaller, so that the model computes what it would without.
+        """
+        import torch
+
+        model = cls.causal_lm(**changes)
+        loud = torch.ones(model.config.hidden_size)
+        loud[[3, 17, 50, 71]] = factor
+        with torch.no_grad():
+            for layer in model.model.layers:
+                attention, mlp = layer.self_attn, layer.mlp
+                for norm, readers in (
+                    (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+                    (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+                ):
+                    norm.weight.mul_(loud)
+                    for reader in readers:
+                        reader.weight.div_(loud)
+        return model
+
     @staticmethod
     def embedded_file() -> Path:
         """The GGUF file of the embedded default model."""

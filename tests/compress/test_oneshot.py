@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from compress import oneshot
+from compress import oneshot, recipes
 from compress.grids import QuantizedLayers, WeightGrid
 from compress.load import load_float32, replace_weights
 from compress.write import write_quantized
@@ -189,13 +189,16 @@ def test_the_written_artifact_gives_the_logits_of_the_model_in_memory(
     method: str,
     grid: WeightGrid,
 ) -> None:
-    scheme: Any = {"config_groups": {"group_0": oneshot._scheme(grid, "memoryless_minmax")}, "ignore": oneshot.IGNORED}
-    model: Any = oneshot._load(directory)
+    scheme: Any = {
+        "config_groups": {"group_0": recipes.weight_scheme(grid, "memoryless_minmax")},
+        "ignore": recipes.IGNORED,
+    }
+    model: Any = recipes.load_model(directory)
     if method == "gptq":
-        oneshot._run(model, oneshot.CountingGPTQ(**scheme), samples, None)
+        recipes.run_recipe(model, recipes.CountingGPTQ(**scheme), samples)
     else:
-        oneshot._run(model, oneshot.QuantizationModifier(**scheme), None, None)
-    layers = oneshot._read_grids(model, grid)
+        recipes.run_recipe(model, oneshot.QuantizationModifier(**scheme))
+    layers = recipes.read_grids(model)
     for name, weight in layers.items():
         if method == "gptq":
             np.testing.assert_array_equal(weight.dequantize(), model.get_submodule(name).weight.detach().numpy())

@@ -14,6 +14,7 @@ import torch
 from compress.gguf_grids import q4_0
 from compress.load import load_float32, replace_weights
 from compress.write import stored_bits_per_weight, write_quantized
+from deploy.formats.activations import ActivationGrid, LayerInputs
 from deploy.formats.architectures import linear_layers
 from deploy.formats.model_dir import ModelDirectory
 from deploy.formats.packed import GroupedInt
@@ -195,3 +196,12 @@ def test_a_missing_tensor_is_named_when_loading(target: Path, tmp_path: Path) ->
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"model\.layers\.2"):
         load_float32(tmp_path / "out")
+
+
+def test_columns_that_flattening_adds_are_bits_of_the_weights_that_they_repeat() -> None:
+    codes, scale = np.zeros((6, 64), dtype=np.uint8), np.ones((6, 1), dtype=np.float32)
+    weight = GroupedInt.from_zero_point(codes, scale, 8, bits=4, group_size=64)
+    index = np.sort(np.append(np.arange(48), np.arange(16))).astype(np.int32)
+    inputs = LayerInputs(ActivationGrid(4, "tensor"), 0.5, index)
+    assert stored_bits_per_weight({"a": weight}) == 4 + 16 / 64
+    assert stored_bits_per_weight({"a": weight}, {"a": inputs}) == (4 * 64 + 16) / 48

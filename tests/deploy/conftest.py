@@ -1,6 +1,8 @@
 """Tiny models and bundles, made afresh for each test that asks."""
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from deploy.formats.architectures import ModelShape, linear_layers, other_tensors
+from deploy.formats.activations import ActivationGrid, LayerInputs
+from deploy.formats.architectures import LinearLayer, ModelShape, linear_layers, other_tensors
 from deploy.formats.bundle import sha256_file, write_manifest
 from deploy.formats.chat import ChatTemplate
+from deploy.formats.components import used_extensions
 from deploy.formats.eagle_config import EagleConfig
 from deploy.formats.eagle_record import Acceptance, Owner, TrainingRecord
 from deploy.formats.packed import GroupedInt, encode
@@ -28,11 +32,28 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Quantized:
-    """How the linear layers of a tiny model are packed."""
+    """How the linear layers of a tiny model are packed.
+
+    group_size: None for a scale per output. inputs: how inputs are quantized; expansion: C'/C of flattened ones.
+    """
 
     bits: int = 4
-    group_size: int = 32
+    group_size: int | None = 32
     form: str = "asymmetric"  # or "symmetric", "minimum"
+    inputs: ActivationGrid | None = None
+    expansion: float = 1.0
+
+
+# Layers that quantize their inputs, in every way and beside others: by a pattern in the name. For two decoder layers of
+# inputs that are multiples of 32.
+MIXED = {
+    "self_attn.[qkv]": Quantized(4, None, "symmetric", ActivationGrid(4, "tensor"), 1.3),
+    "o_proj": Quantized(8, None, "symmetric", ActivationGrid(8, "token")),
+    "layers.0.mlp.(gate|up)": Quantized(8, 32, "asymmetric", ActivationGrid(8, "tensor"), 1.1),
+    "layers.0.mlp.down": Quantized(4, 32, "minimum", ActivationGrid(4, "token")),
+    "layers.1.mlp.(gate|up)": Quantized(),
+    "layers.1.mlp.down": Quantized(4, None, "asymmetric", ActivationGrid(8, "tensor"), 1.2),
+}
 
 
 def tiny_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
@@ -55,23 +76,72 @@ def tiny_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
     return config | changes
 
 
+def random_inputs(rng: np.random.Generator, num_in: int, quantized: Quantized, limit: float = 2.0) -> LayerInputs:
+    """A static scale whose grid ends near `limit`; copies of random channels, in whole groups of 32 columns."""
+    assert quantized.inputs is not None
+    if quantized.inputs.scope == "token":
+        return LayerInputs(quantized.inputs)
+    scale = float(np.float32(limit * rng.uniform(0.8, 1.2) / quantized.inputs.qmax))
+    if quantized.expansion == 1.0:
+        return LayerInputs(quantized.inputs, scale)
+    extra = -(-int(num_in * (quantized.expansion - 1)) // 32) * 32
+    columns = np.concatenate([np.arange(num_in), rng.integers(0, max(1, num_in // 4), extra) * 3 % num_in])
+    return LayerInputs(quantized.inputs, scale, np.sort(columns).astype(np.int32))
+
+
 def random_grouped(rng: np.random.Generator, num_out: int, num_in: int, quantized: Quantized) -> GroupedInt:
-    bits, groups = quantized.bits, num_in // quantized.group_size
+    group_size = num_in if quantized.group_size is None else quantized.group_size
+    bits, groups = quantized.bits, num_in // group_size
     q = rng.integers(0, 1 << bits, (num_out, num_in), dtype=np.uint8)
     scale = from_bfloat16(to_bfloat16((rng.uniform(0.5, 1.5, (num_out, groups)) / (1 << bits)).astype(np.float32)))
     if quantized.form == "minimum":
         minimum = rng.uniform(-0.7, -0.3, (num_out, groups)).astype(np.float16).astype(np.float32)
         half = scale.astype(np.float16).astype(np.float32)
-        return GroupedInt(q, half, minimum, bits, quantized.group_size)
+        return GroupedInt(q, half, minimum, bits, group_size)
     zeros: Any = 1 << (bits - 1)
     if quantized.form == "asymmetric":
         zeros = rng.integers(0, 1 << bits, (num_out, groups), dtype=np.uint8)
-    return GroupedInt.from_zero_point(q, scale, zeros, bits=bits, group_size=quantized.group_size)
+    return GroupedInt.from_zero_point(q, scale, zeros, bits=bits, group_size=group_size)
+
+
+Layers = Quantized | Mapping[str, Quantized | None] | None
+
+
+def _kind_of(name: str, layers: Layers) -> Quantized | None:
+    """How layer `name` is packed, None for plain; a mapping's keys are patterns found in the name."""
+    if not isinstance(layers, Mapping):
+        return layers
+    return next((kind for pattern, kind in layers.items() if re.search(pattern, name)), None)
+
+
+def _encode_layer(rng: np.random.Generator, layer: LinearLayer, quantized: Quantized, seed: int) -> dict[str, Any]:
+    inputs, num_columns = None, layer.num_in
+    if quantized.inputs is not None:
+        # Layers that read the same rows quantize them alike.
+        source = re.sub("[qkv]_proj|gate_proj|up_proj", "norm", layer.name)
+        inputs = random_inputs(np.random.default_rng([seed, *source.encode()]), layer.num_in, quantized)
+        num_columns = layer.num_in if inputs.flatten is None else inputs.flatten.size
+    grouped = random_grouped(rng, layer.num_out, num_columns, quantized)
+    dtype = "F16" if quantized.form == "minimum" else "BF16"
+    return dict(encode(layer.name, grouped, dtype, symmetric=quantized.form == "symmetric", inputs=inputs))
+
+
+def _config_group(kind: Quantized, targets: tuple[str, ...]) -> QuantizationGroup:
+    return QuantizationGroup(
+        targets,
+        kind.bits,
+        kind.group_size,
+        symmetric=kind.form == "symmetric",
+        float_minimum=kind.form == "minimum",
+        activations=kind.inputs,
+        flatten=kind.expansion != 1.0,
+    )
 
 
 def write_model(
-    directory: Path, config: dict[str, Any], quantized: Quantized | None = None, seed: int = 0, spread: float = 1.0
+    directory: Path, config: dict[str, Any], quantized: Layers = None, seed: int = 0, spread: float = 1.0
 ) -> Path:
+    """quantized: of all linear layers, or by a pattern that is found in a layer's name."""
     directory.mkdir(parents=True, exist_ok=True)
     rng, shape = np.random.default_rng(seed), ModelShape.from_config(config)
     tensors: dict[str, Any] = {}
@@ -79,18 +149,19 @@ def write_model(
         mean = 1.0 if name.endswith("norm.weight") else 0.0
         values = (mean + 0.3 * spread * rng.standard_normal(size)).astype(np.float32)
         tensors[name] = BFloat16(to_bfloat16(values))
+    targets: dict[Quantized, list[str]] = {}
     for layer in linear_layers(shape):
-        if quantized is None:
+        kind = _kind_of(layer.name, quantized)
+        if kind is None:
             weight = (rng.standard_normal((layer.num_out, layer.num_in)) * 0.1).astype(np.float32)
             tensors[f"{layer.name}.weight"] = BFloat16(to_bfloat16(weight))
             continue
-        grouped = random_grouped(rng, layer.num_out, layer.num_in, quantized)
-        dtype = "F16" if quantized.form == "minimum" else "BF16"
-        tensors |= encode(layer.name, grouped, dtype, symmetric=quantized.form == "symmetric")
-    if quantized is not None:
-        form = {"symmetric": quantized.form == "symmetric", "float_minimum": quantized.form == "minimum"}
-        group = QuantizationGroup(("Linear",), quantized.bits, quantized.group_size, **form)
-        config = config | {"quantization_config": quantization_config([group])}
+        targets.setdefault(kind, []).append(layer.name)
+        tensors |= _encode_layer(rng, layer, kind, seed)
+    if targets:
+        is_whole = isinstance(quantized, Quantized)
+        groups = [_config_group(kind, ("Linear",) if is_whole else tuple(names)) for kind, names in targets.items()]
+        config = config | {"quantization_config": quantization_config(groups)}
     write_safetensors(directory / "model.safetensors", tensors)
     (directory / "config.json").write_text(json.dumps(config))
     return directory
@@ -108,7 +179,7 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_bundle(directory: Path, quantized: Quantized | None = None, **manifest: Any) -> Path:
+def write_bundle(directory: Path, quantized: Layers = None, **manifest: Any) -> Path:
     quantized = quantized or Quantized()
     write_model(directory / "target", tiny_config(), quantized)
     byte_tokenizer().save(str(directory / "tokenizer.json"))
@@ -123,7 +194,7 @@ def write_bundle(directory: Path, quantized: Quantized | None = None, **manifest
         "provenance": {"source": {"kind": "random", "seed": 0}},
         "licence": "apache-2.0",
         "quality": [{"method": "rtn", "prose": 12.5}],
-        "extensions": ["weight_min"] if quantized.form == "minimum" else [],
+        "extensions": sorted(used_extensions(directory, "target")),
     }
     write_manifest(directory, **(arguments | manifest))
     return directory
@@ -179,7 +250,7 @@ def write_head(
     return config, weights, ids
 
 
-def write_bundle_with_head(directory: Path, target: Quantized | None = None, **changes: Any) -> Path:
+def write_bundle_with_head(directory: Path, target: Layers = None, **changes: Any) -> Path:
     """A bundle whose head belongs to its target; changes: fields of Owner, to make it another's."""
     bundle = write_bundle(directory, target)
     owner = Owner(
@@ -221,6 +292,7 @@ class Tiny:
     """Makers of tiny things."""
 
     HEAD = HEAD
+    MIXED = MIXED
     head = staticmethod(write_head)
     plan = staticmethod(plan_json)
     training_record = staticmethod(training_record)
@@ -228,7 +300,9 @@ class Tiny:
 
     Quantized = Quantized
     config = staticmethod(tiny_config)
+    Grid = ActivationGrid
     grouped = staticmethod(random_grouped)
+    inputs = staticmethod(random_inputs)
     model = staticmethod(write_model)
     tokenizer = staticmethod(byte_tokenizer)
     bundle = staticmethod(write_bundle)

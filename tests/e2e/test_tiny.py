@@ -304,6 +304,49 @@ def test_every_architecture_goes_all_the_way(
     assert manifest["components"]["target"]["architecture"] == model_type
 
 
+W4A8 = ("quantize=smoothquant", "quantize.weights.bits=4", "quantize.weights.group_size=32", "quantize.alpha=[0.5]")
+STATIC = ("quantize=smoothquant", "quantize.activations.scope=tensor", "quantize.solver=rtn")
+SPLIT = ("quantize=flattenquant", "quantize.gamma=0.2", "quantize.twin=true")
+
+
+@pytest.mark.parametrize(
+    ("method", "word"),
+    [
+        pytest.param(SPLIT, "input_flatten", id="flattenquant"),
+        pytest.param(("quantize=smoothquant",), None, id="W8A8", marks=pytest.mark.slow),
+        pytest.param(STATIC, None, id="static", marks=pytest.mark.slow),
+        pytest.param(W4A8, "packed", id="W4A8", marks=pytest.mark.slow),
+    ],
+)
+def test_methods_that_quantize_inputs_go_all_the_way(
+    tools: Any, tiny_directory: Callable[..., Path], tmp_path: Path, method: tuple[str, ...], word: str | None
+) -> None:
+    place = tools.Workplace(tmp_path)
+    tiny_directory(tmp_path / "model", "llama")
+    place.run(*PLAIN, *method, "quality=none")
+    manifest = check_bundle(place)
+    told = manifest["provenance"]["vllm"]
+    assert told["loads"] is (word is None)
+    assert word is None or word in told["obstacle"]
+    assert ("target-w4a16" in manifest["components"]) == (word == "input_flatten")
+    assert "inputs" in manifest["components"]["target"]["precision"]
+    assert "Inputs of linear layers are quantized as well." in (tmp_path / "bundles" / "tiny" / "README.md").read_text()
+    assert "Layers whose inputs are quantized" in (tmp_path / "bundles" / "tiny" / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [("quantize=smoothquant",), SPLIT], ids=["smoothquant", "flattenquant"])
+def test_a_head_learns_from_a_target_with_quantized_inputs(
+    tools: Any, tiny_directory: Callable[..., Path], tmp_path: Path, method: tuple[str, ...]
+) -> None:
+    place = tools.Workplace(tmp_path)
+    tiny_directory(tmp_path / "model", "llama")
+    write_prompts(tmp_path)
+    kept = [each for each in DRAFTER if not each.startswith(("intermediate.", "eagle_intermediate."))]
+    place.run(*HF, *kept, *method, "seed=3", "quality=none", "intermediate=none")
+    check_head(place, check_bundle(place))
+
+
 @pytest.mark.slow
 def test_a_base_model_without_a_chat_template_is_told_what_to_set(
     tools: Any, tiny_directory: Callable[..., Path], tmp_path: Path

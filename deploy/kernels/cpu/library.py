@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from deploy.formats.activations import LayerInputs
 from deploy.kernels.cpu.threads import choose_threads
 
 ISA_VARIABLE = "UNDERSTUDY_ISA"
 LIBRARY_VARIABLE = "UNDERSTUDY_CPU_LIBRARY"
 ISAS = ("avx512vnni", "avxvnni", "avx2", "scalar")  # best first
 _LIBRARY = "libunderstudy_cpu.so"
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 PHASES = ("other", "quantize", "qkv", "attention", "output", "mlp", "head", "sampling")
 _NUMBER_TYPES = {"F32": 0, "F16": 1, "BF16": 2}
 
@@ -52,6 +53,10 @@ class Weights(Structure):
         ("scale_type", c_int32),
         ("is_plain", c_int32),
         ("has_float_minimum", c_int32),
+        ("is_bytes", c_int32),
+        ("input_bits", c_int32),
+        ("input_scale", c_float),
+        ("flatten", c_void_p),
     )
 
 
@@ -317,7 +322,9 @@ class SourceWeights:
 
     codes: packed words int32 [rows, in·bits/32], or the plain matrix. scale: [rows, groups]. minimum: packed zero
     points int32 [⌈rows·bits/32⌉, groups], float minima like scale, or None. dtype: "F32", "F16" or "BF16" of scale and
-    float minimum, or of the plain matrix. row_ids: int64, the rows to take, or None for all.
+    float minimum, or of the plain matrix. row_ids: int64, the rows to take, or None for all. is_bytes: codes int8
+    [rows, in] and zero points int8 [rows, groups] instead, less 128. inputs: how its inputs are quantized, None for
+    groups of 32; group_size may then be `in`, a scale per output.
     """
 
     shape: tuple[int, int]
@@ -330,8 +337,11 @@ class SourceWeights:
     has_float_minimum: bool = False
     bias: Float32 | None = None
     row_ids: npt.NDArray[np.int64] | None = None
+    is_bytes: bool = False
+    inputs: LayerInputs | None = None
 
     def native(self) -> Weights:
+        flatten = None if self.inputs is None else self.inputs.flatten
         return Weights(
             outputs=self.shape[0] if self.row_ids is None else len(self.row_ids),
             inputs=self.shape[1],
@@ -345,16 +355,24 @@ class SourceWeights:
             scale_type=_NUMBER_TYPES[self.dtype],
             is_plain=self.scale is None,
             has_float_minimum=self.has_float_minimum,
+            is_bytes=self.is_bytes,
+            input_bits=0 if self.inputs is None else self.inputs.grid.bits,
+            input_scale=0.0 if self.inputs is None or self.inputs.scale is None else self.inputs.scale,
+            flatten=pointer(flatten),
         )
 
 
 class Matrix:
-    """A packed matrix that can be multiplied by itself, for tests and measurements."""
+    """A packed matrix that can be multiplied by itself, for tests and measurements.
+
+    shape: outputs and the inputs of a row, before any flattening.
+    """
 
     def __init__(self, runtime: Runtime, source: SourceWeights) -> None:
         self._runtime = runtime
         weights = source.native()
-        self.shape = int(weights.outputs), int(weights.inputs)
+        channels = None if source.inputs is None else source.inputs.num_channels
+        self.shape = int(weights.outputs), int(weights.inputs) if channels is None else channels
         self._handle = native().us_matrix_create(runtime.handle, ctypes.byref(weights))
         if not self._handle:
             raise ValueError(native_error())

@@ -8,12 +8,14 @@ from typing import Literal
 
 import numpy as np
 
+from deploy.formats.activations import LayerInputs
 from deploy.formats.architectures import ModelShape
 from deploy.formats.packed import GroupedInt
 from deploy.kernels.reference.attention import attend, rotate
 from deploy.kernels.reference.cache import SequenceCache
 from deploy.kernels.reference.fp32 import LANES, Float32, lane_dot, round_half, silu32
 from deploy.kernels.reference.linear import GROUP, FloatLinear, Int8Linear, Linear
+from deploy.kernels.reference.row_scales import RowScaledLinear
 from deploy.kernels.rope import rope_tables
 from deploy.runtime.backend import Row
 
@@ -46,8 +48,13 @@ class DecoderLayer:
     down: Linear
 
 
-def build_linear(weight: GroupedInt | Float32, bias: Float32 | None, activations: Activations) -> Linear:
-    """A linear layer for one activation type."""
+def build_linear(
+    weight: GroupedInt | Float32, bias: Float32 | None, activations: Activations, inputs: LayerInputs | None = None
+) -> Linear:
+    """A linear layer for one activation type; where its file says how inputs are quantized, the same one for all."""
+    if inputs is not None:
+        assert isinstance(weight, GroupedInt)
+        return RowScaledLinear(weight, inputs, bias)
     if activations == "int8":
         if isinstance(weight, GroupedInt):
             return Int8Linear.from_grouped(weight, bias)

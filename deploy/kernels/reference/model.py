@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -30,21 +30,35 @@ from deploy.runtime.drafts import fit_draft
 from deploy.runtime.sampling import SamplingParams, sample
 from deploy.runtime.tree import Draft, TreeLimits
 
+Watch = Callable[[str, Float32], None]
+
+
+class _Watched:
+    """A linear layer that shows what it reads."""
+
+    def __init__(self, layer: Linear, name: str, watch: Watch) -> None:
+        self._layer, self._name, self._watch = layer, name, watch
+
+    def __call__(self, x: Float32) -> Float32:
+        self._watch(self._name, x)
+        return self._layer(x)
+
 
 class _Loader:
     """Builds linear layers and the embedding for one activation type, releasing file pages behind itself."""
 
-    def __init__(self, directory: ModelDirectory, activations: Activations) -> None:
-        self._directory, self._activations = directory, activations
+    def __init__(self, directory: ModelDirectory, activations: Activations, watch: Watch | None) -> None:
+        self._directory, self._activations, self._watch = directory, activations, watch
 
     def vector(self, name: str) -> Float32:
         return self._directory.float32(f"{name}.weight")
 
     def linear(self, name: str) -> Linear:
         bias = self._directory.float32(f"{name}.bias") if f"{name}.bias" in self._directory.names() else None
-        layer = build_linear(self._directory.linear(name), bias, self._activations)
+        inputs = self._directory.inputs(name)
+        layer = build_linear(self._directory.linear(name), bias, self._activations, inputs)
         self._directory.release(name)
-        return layer
+        return layer if self._watch is None else _Watched(layer, name, self._watch)
 
     def layer(self, index: int) -> DecoderLayer:
         name, qk_norm = f"model.layers.{index}", self._directory.shape.qk_norm
@@ -70,14 +84,21 @@ class _Loader:
 class ReferenceBackend:
     """Backend (see deploy/runtime/backend.py) that computes exactly what docs/numerics.md says, slowly."""
 
-    def __init__(self, directory: ModelDirectory | str | Path, *, activations: Activations = "int8") -> None:
+    def __init__(
+        self,
+        directory: ModelDirectory | str | Path,
+        *,
+        activations: Activations = "int8",
+        watch: Watch | None = None,
+    ) -> None:
+        """watch: called with the name of every linear layer that is computed and the rows [n, in] that it reads."""
         if activations not in get_args(Activations):
             raise ValueError(f"activations={activations!r} is not supported; use {', '.join(get_args(Activations))}")
         self._directory = directory if isinstance(directory, ModelDirectory) else ModelDirectory.open(directory)
         self._shape = self._directory.shape
         check_shape(self._shape)
         self.activations = activations
-        loader = _Loader(self._directory, activations)
+        loader = _Loader(self._directory, activations, watch)
         self._layers = [loader.layer(index) for index in range(self._shape.num_layers)]
         self._norm = loader.vector("model.norm")
         self._head = loader.head()

@@ -149,6 +149,8 @@ def test_a_link_inside_is_refused(bundle, tmp_path):
 def test_float_minima_must_be_declared(tmp_path, tiny):
     with pytest.raises(BundleError, match="weight_min"):
         tiny.bundle(tmp_path / "b", tiny.Quantized(form="minimum"), extensions=[])
+    with pytest.raises(BundleError, match="input_flatten"):
+        tiny.bundle(tmp_path / "f", tiny.MIXED, extensions=["weight_min"])
     assert not (tmp_path / "b" / MANIFEST).exists()
     bundle = tiny.bundle(tmp_path / "c", tiny.Quantized(form="minimum"))
     assert Bundle.open(bundle).manifest.extensions == ("weight_min",)

@@ -7,8 +7,9 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deploy.formats.codes import pack_codes, unpack_codes
 from deploy.formats.errors import FormatError
-from deploy.formats.packed import GroupedInt, decode, encode, pack_codes, unpack_codes
+from deploy.formats.packed import GroupedInt, decode, encode
 from deploy.formats.safetensors_file import SafetensorsFile, from_bfloat16, to_bfloat16, write_safetensors
 
 

@@ -14,6 +14,7 @@ NATIVE = (
     "tests/deploy/kernels/cpu",
     "tests/deploy/runtime/test_cpu_backend.py",
     "tests/deploy/runtime/test_cpu_eagle.py",
+    "tests/deploy/runtime/test_cpu_row_scales.py",
     "tests/deploy/runtime/test_draft.py",
 )
 HOSTILE = ("tests/deploy/runtime/test_hostile_bundles.py",)

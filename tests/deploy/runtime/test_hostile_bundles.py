@@ -84,6 +84,7 @@ def originals(tmp_path_factory, tiny):
             (tiny.config("qwen3", **small, tie_word_embeddings=False), tiny.Quantized(form="minimum")),
             (tiny.config("qwen2", **small), tiny.Quantized(8, 32, "symmetric")),
             (tiny.config("mistral", **small), None),
+            (tiny.config(**small), tiny.MIXED),
         ]
     ):
         directory = tiny.bundle(place / str(index), tiny.Quantized(form="minimum"))
@@ -176,7 +177,13 @@ def change_dtype_or_shape(rng, files):
     entry = header[pick(rng, [name for name in header if name != "__metadata__"])]
     kind = rng.integers(3)
     if kind == 0:
-        same = {"BF16": ("F16", "I16"), "F16": ("BF16", "U16"), "I32": ("F32", "U32"), "I64": ("F64", "U64")}
+        same = {
+            "BF16": ("F16", "I16"),
+            "F16": ("BF16", "U16"),
+            "I32": ("F32", "U32"),
+            "I64": ("F64", "U64"),
+            "I8": ("U8", "BOOL"),
+        }
         entry["dtype"] = pick(rng, same.get(entry["dtype"], ("I8",)))
     elif kind == 1:
         entry["shape"] = entry["shape"][::-1]
@@ -289,7 +296,7 @@ def test_the_originals_answer(worker, originals, tmp_path):
 
 
 def test_damaged_bundles_are_refused_or_run(worker, originals, tmp_path):
-    kinds = survive(worker, originals, tmp_path, range(144))
+    kinds = survive(worker, originals, tmp_path, range(180))
     assert kinds["refusal"] > kinds["answer"] > 5
 
 

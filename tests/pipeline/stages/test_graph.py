@@ -224,6 +224,69 @@ def test_a_targets_fingerprint_is_its_content(graph: Graph, model_directory: Pat
     assert graph(*arguments)["target"].fingerprint() != first  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("method", ["smoothquant", "flattenquant"])
+def test_methods_that_quantize_inputs_calibrate_and_are_compared_with_the_default_rounding(
+    graph: Graph, method: str
+) -> None:
+    stages = graph(f"quantize={method}")
+    assert set(stages["quantize"].inputs) == {"target", "calibrate"}
+    assert "llmcompressor" in stages["quantize"].packages
+    assert (stages["quantize-rtn"].config["bits"], stages["quantize-rtn"].config["group_size"]) == (4, 32)
+    for stage in stages.values():
+        if stage.check is not None:
+            stage.check(stage.config)
+
+
+@pytest.mark.parametrize("method", ["smoothquant", "flattenquant"])
+def test_the_intermediate_may_quantize_its_inputs_too(graph: Graph, method: str) -> None:
+    stage = graph(f"quantize@intermediate.quantize={method}")["quantize-intermediate"]
+    assert stage.check is not None
+    stage.check(stage.config)
+    assert set(stage.inputs) == {"target", "calibrate"}
+    bad = graph(f"quantize@intermediate.quantize={method}", "intermediate.quantize.dampening=0")[
+        "quantize-intermediate"
+    ]
+    assert bad.check is not None
+    with pytest.raises(ValueError, match=r"intermediate\.quantize\.dampening=0"):
+        bad.check(bad.config)
+
+
+@pytest.mark.parametrize(
+    ("method", "override", "message"),
+    [
+        ("smoothquant", "quantize.alpha=[]", r"quantize\.alpha=\[\] must be one or more numbers from 0 to 1"),
+        ("smoothquant", "quantize.alpha=[0.5,1.5]", r"quantize\.alpha=\[0\.5, 1\.5\] must be"),
+        ("smoothquant", "quantize.weights.bits=3", r"quantize\.weights\.bits=3 is not supported; use 4 or 8"),
+        ("smoothquant", "quantize.weights.group_size=48", r"weights\.group_size=48 .*32, 64 or 128, or null"),
+        ("smoothquant", "quantize.weights.group_size=128", r"quantize\.weights\.group_size=128 does not divide"),
+        ("smoothquant", "quantize.activations.bits=6", r"quantize\.activations\.bits=6 is not supported; use 4 or 8"),
+        ("smoothquant", "quantize.calibration=[poems]", r"calibrate makes no poems"),
+        ("smoothquant", "quantize.num_samples=0", r"quantize\.num_samples=0 must be 1 or more"),
+        ("flattenquant", "quantize.alpha=2", r"quantize\.alpha=2.* must be from 0 to 1; null leaves smoothing out"),
+        ("flattenquant", "quantize.beta=0", r"quantize\.beta=0.* must be above 0"),
+        ("flattenquant", "quantize.max_expansion=0.9", r"quantize\.max_expansion=0\.9 must be 1 \(nothing is split\)"),
+        ("flattenquant", "quantize.gamma=-1", r"quantize\.gamma=-1.* must be 0 \(8 bits everywhere\) or more"),
+        ("flattenquant", "quantize.weights.group_size=16", r"weights\.group_size=16 is not supported"),
+        ("flattenquant", "quantize.dampening=0", r"quantize\.dampening=0.* must be above 0"),
+    ],
+)
+def test_values_that_make_no_sense_for_quantized_inputs_are_refused(
+    graph: Graph, method: str, override: str, message: str
+) -> None:
+    stage = graph(f"quantize={method}", override)["quantize"]
+    assert stage.check is not None
+    with pytest.raises(ValueError, match=message):
+        stage.check(stage.config)
+
+
+def test_an_observer_by_calibrated_inputs_is_refused_for_rounding(graph: Graph) -> None:
+    overrides = ("quantize=smoothquant", "quantize.solver=rtn", "quantize.weights.observer=imatrix_mse")
+    stage = graph(*overrides)["quantize"]
+    assert stage.check is not None
+    with pytest.raises(ValueError, match=r"weights\.observer=imatrix_mse needs quantize\.solver=gptq"):
+        stage.check(stage.config)
+
+
 @pytest.mark.parametrize(
     ("instance", "override", "message"),
     [

@@ -65,8 +65,16 @@ Number checked_number(int32_t type) {
 class Multiplication : public Program {
  public:
   Multiplication(const Matrix& matrix, Runtime& runtime, const float* x, int32_t rows, float* y)
-      : matrix_(matrix.view), bias_(matrix.bias), runtime_(runtime), x_(x), y_(y), rows_(rows) {
-    inputs_.resize(rows, matrix_.inputs);
+      : matrix_(matrix.view),
+        bias_(matrix.bias),
+        grid_(matrix.grid()),
+        width_(static_cast<size_t>(matrix.width())),
+        runtime_(runtime),
+        x_(x),
+        y_(y),
+        rows_(rows) {
+    buffer_.reserve(rows, matrix_.inputs);
+    inputs_ = grid_.qmax ? buffer_.by_row(rows, matrix_.inputs) : buffer_.in_groups(rows, matrix_.inputs);
     const auto threads = static_cast<size_t>(runtime.pool.threads());
     sums_.resize(threads, Buffer<float>(static_cast<size_t>(rows) * kTile));
     scratch_.resize(threads, Buffer<float>(std::max<size_t>(kDecodeScratch, static_cast<size_t>(matrix_.inputs))));
@@ -81,27 +89,36 @@ class Multiplication : public Program {
     const Kernels& kernels = runtime_.kernels;
     float* scratch = scratch_[static_cast<size_t>(thread)].data();
     float* sums = sums_[static_cast<size_t>(thread)].data();
-    if (phase.kind == 0) {
-      kernels.quantize(x_ + static_cast<size_t>(item) * static_cast<size_t>(matrix_.inputs), nullptr, 0.0f,
-                       inputs_.view(), item, scratch);
-      return;
-    }
+    if (phase.kind == 0) return quantize(item, scratch);
     const bool is_last = item + 1 == phase.items || item + 1 == runtime_.pool.first_item(phase.items, thread + 1);
     const int32_t next = is_last ? runtime_.pool.first_item(phase.items, thread) : item + 1;
-    kernels.matmul_tile(matrix_, item, inputs_.view(), sums, scratch, matrix_.tile(next));
+    if (inputs_.is_by_row) {
+      kernels.matmul_tile_rows(matrix_, item, inputs_.by_row, sums, scratch, matrix_.tile(next));
+    } else {
+      kernels.matmul_tile(matrix_, item, inputs_.in_groups, sums, scratch, matrix_.tile(next));
+    }
     const int32_t first = item * kTile, count = std::min(kTile, matrix_.outputs - first);
     kernels.finish_store(sums, rows_, count, bias_.empty() ? nullptr : bias_.data() + first, y_ + first,
                          static_cast<size_t>(matrix_.outputs));
   }
 
  private:
+  void quantize(int32_t row, float* scratch) {
+    const float* x = x_ + width_ * static_cast<size_t>(row);
+    if (!inputs_.is_by_row) return runtime_.kernels.quantize(x, nullptr, 0.0f, inputs_.in_groups, row, scratch);
+    runtime_.kernels.quantize_row(x, nullptr, 0.0f, grid_, inputs_.by_row, row, scratch);
+  }
+
   const MatrixView& matrix_;
   const Buffer<float>& bias_;
+  const InputGrid grid_;
+  const size_t width_;
   Runtime& runtime_;
   const float* x_;
   float* y_;
   int32_t rows_;
-  InputsBuffer inputs_;
+  InputsBuffer buffer_;
+  QuantizedInputs inputs_ = {};
   std::vector<Buffer<float>> sums_, scratch_;
 };
 

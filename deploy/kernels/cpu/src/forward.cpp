@@ -46,9 +46,10 @@ Forward::Forward(Model& model)
       score_scale_(static_cast<float>(1.0 / std::sqrt(static_cast<double>(shape_.head_dim)))),
       is_head_(model.is_head()),
       scratch_(static_cast<size_t>(model.runtime_->pool.threads())) {
+  for (const Layer& layer : model.layers_) hidden_by_row_ |= layer.linear[Linear::kDown].qmax != 0;
   for (Scratch& scratch : scratch_) {
     scratch.decode.resize(kDecodeScratch);
-    scratch.norm.resize(static_cast<size_t>(std::max(shape_.hidden_size, num_q_)));
+    scratch.norm.resize(static_cast<size_t>(std::max({shape_.hidden_size, num_q_, shape_.intermediate_size})));
     scratch.attention.resize(product(kKeyBlock, 2 * shape_.head_dim + repeat_));
     scratch.output.resize(product(kMostGroupRows * repeat_, shape_.head_dim + 2));
     scratch.sampler = std::make_unique<Sampler>(kernels_);
@@ -91,7 +92,8 @@ void Forward::begin_rows(int64_t begin, int64_t end) {
   grow(qkv_, product(num_rows_, num_q_ + 2 * num_kv_));
   grow(attention_, product(num_rows_, num_q_));
   if (is_head_) grow(joined_, product(num_rows_, 2 * shape_.hidden_size));
-  hidden_.resize(num_rows_, shape_.intermediate_size);
+  hidden_.reserve(num_rows_, shape_.intermediate_size);
+  if (hidden_by_row_) grow(hidden_rows_, product(num_rows_, shape_.intermediate_size));
   for (Scratch& scratch : scratch_) {
     grow(scratch.sums, product(num_rows_, kTile));
     grow(scratch.other_sums, product(num_rows_, kTile));
@@ -126,6 +128,7 @@ void Forward::add_layer_phases(int32_t layer) {
   add(kOutput, layer, items_of(kOutput, layer));
   add_source(kMlpNorm, layer, num_rows_);
   add(kGateUp, layer, items_of(kGateUp, layer));
+  if (reader_of(kHidden, layer).qmax) add_source(kHidden, layer, num_rows_);
   add(kDown, layer, items_of(kDown, layer));
 }
 
@@ -194,7 +197,8 @@ void Forward::run(const Phase& phase, int32_t item, int32_t thread) {
       return join(item, scratch);
     case kPrepare: {
       const auto source = static_cast<Source>(layer % kNumSources);
-      return quantize_row(source, layer / kNumSources, item, shared_[source].view(), scratch);
+      const int32_t reader = layer / kNumSources;
+      return quantize_row(source, reader, item, view_of(shared_[source], source, reader), scratch);
     }
     case kQkv:
       return run_qkv(phase, item, thread);
@@ -207,7 +211,7 @@ void Forward::run(const Phase& phase, int32_t item, int32_t thread) {
     case kGateUp:
       return run_gate_up(phase, item, thread);
     case kDown:
-      return run_into_residual(phase, item, thread, hidden_.view());
+      return run_into_residual(phase, item, thread, down_inputs(layer, thread));
     case kHead:
       return run_head_tile(phase, item, thread);
     case kChoose:

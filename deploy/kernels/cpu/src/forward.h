@@ -38,7 +38,7 @@ class Forward : public Program {
     kChoose,
   };
   // What a linear layer reads.
-  enum Source : int32_t { kFeatures, kAttentionNorm, kAttentionOutput, kMlpNorm, kHeadNorm, kNumSources };
+  enum Source : int32_t { kFeatures, kAttentionNorm, kAttentionOutput, kMlpNorm, kHidden, kHeadNorm, kNumSources };
   struct Spot {
     const Matrix* matrix;
     int32_t tile;
@@ -68,22 +68,27 @@ class Forward : public Program {
   Spot spot(int32_t kind, int32_t layer, int32_t item) const;
   const uint8_t* next_after(const Phase& phase, int32_t item, int32_t thread) const;
   int32_t items_of(int32_t kind, int32_t layer) const;
-  const Inputs& inputs_for(Source source, int32_t layer, int32_t thread);
-  void quantize_row(Source source, int32_t layer, int32_t row, const Inputs& to, Scratch& scratch);
+  QuantizedInputs inputs_for(Source source, int32_t layer, int32_t thread);
+  QuantizedInputs down_inputs(int32_t layer, int32_t thread);
+  QuantizedInputs view_of(InputsBuffer& buffer, Source source, int32_t layer) const;
+  void quantize_row(Source source, int32_t layer, int32_t row, const QuantizedInputs& to, Scratch& scratch);
+  int32_t columns_of(Source source, int32_t layer) const;
+  // One of the matrices that read `source`: they agree in how their inputs are quantized.
+  const Matrix& reader_of(Source source, int32_t layer) const;
   int32_t rows_of(Source source) const { return source == kHeadNorm ? num_head_ : num_rows_; }
   int32_t width_of(Source source) const;
-  void multiply(const Spot& at, const Inputs& in, Buffer<float>& sums, Scratch& scratch, const uint8_t* next);
+  void multiply(const Spot& at, const QuantizedInputs& in, Buffer<float>& sums, Scratch& scratch, const uint8_t* next);
 
   void join(int32_t row, Scratch& scratch);
   void run_fuse(const Phase& phase, int32_t item, int32_t thread);
   void run_qkv(const Phase& phase, int32_t item, int32_t thread);
-  void run_into_residual(const Phase& phase, int32_t item, int32_t thread, const Inputs& in);
+  void run_into_residual(const Phase& phase, int32_t item, int32_t thread, const QuantizedInputs& in);
   void run_gate_up(const Phase& phase, int32_t item, int32_t thread);
   void run_head_tile(const Phase& phase, int32_t item, int32_t thread);
   void rotate(int32_t layer, int32_t row, int32_t head);
   void run_attention(int32_t layer, int32_t group, int32_t head, int32_t thread);
   void attend(int32_t layer, int32_t group, int32_t head, int32_t thread);
-  void fetch_inputs(const Phase& phase, int32_t item, int32_t thread, const Inputs& in) const;
+  void fetch_inputs(const Phase& phase, int32_t item, int32_t thread, const QuantizedInputs& inputs) const;
   void fetch_output_weights(int32_t layer, int32_t thread, int32_t slice, int32_t slices) const;
   float* state_of(Scratch& scratch, int32_t index) const;
   AttentionBlock attention_block(int32_t row, int32_t index, int32_t head, int32_t count, Scratch& scratch) const;
@@ -106,10 +111,12 @@ class Forward : public Program {
   int64_t begin_ = 0;  // of the rows that run now, in this call
   int32_t num_rows_ = 0, num_head_ = 0, group_rows_ = 1, num_groups_ = 0;
   bool rotates_first_ = false;
+  bool hidden_by_row_ = false;  // in some layer
   std::array<double, kNumTimes> times_{};  // seconds
   int64_t serial_ = 0;  // of the program, so that no thread takes old inputs for new ones
   Buffer<float> x_;  // of the rows that run now; of a head all provisional rows: their children read it
   Buffer<float> qkv_, attention_, joined_, logits_;
+  Buffer<float> hidden_rows_;  // what enters `down` where that quantizes whole rows; elsewhere hidden_ alone is written
   std::vector<float*> logit_rows_;
   std::vector<int64_t> head_indices_;
   std::array<InputsBuffer, kNumSources> shared_;

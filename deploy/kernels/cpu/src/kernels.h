@@ -29,6 +29,8 @@ struct MatrixView {
   int32_t group_shift = 0;   // a weight group is visited 2^shift times
   int32_t bits = 0;
   bool is_signed = false;    // 8-bit codes stand for code − 128
+  bool is_channel = false;   // one scale per output; only for inputs with one scale a row
+  int32_t zero = 0;          // what all codes stand for the difference from, where there are no minima
   Number scale_number = Number::kFloat32;
   Minimum minimum = Minimum::kNone;
   const float* bias = nullptr;
@@ -60,6 +62,24 @@ struct Inputs {
   float* scale;
   float* offset;
   int32_t* start;
+  int32_t rows, groups;
+};
+
+// How a layer's inputs are quantized with one scale a row.
+struct InputGrid {
+  int32_t qmax = 0;                  // 0: there is no such grid, inputs are quantized in groups
+  float scale = 0.0f;                // of every row; 0: each row finds its own
+  int32_t channels = 0, columns = 0; // of a row, and of the weight
+  const int32_t* flatten = nullptr;  // [columns] the channel of each, or null
+  const int32_t* offset = nullptr;   // [columns] k·qmax, k the number of earlier columns of that channel
+};
+
+// Inputs with one scale a row; codes lie as above, group by group within a block of rows.
+struct RowInputs {
+  int8_t* codes;
+  float* scale;     // [rows]
+  int32_t* total;   // [rows] sum of a row's codes
+  int32_t* totals;  // of each group, where the scales of `Inputs` would be
   int32_t rows, groups;
 };
 
@@ -98,6 +118,13 @@ struct Kernels {
   void (*finish_silu)(const float* gate, const float* up, int32_t rows, const Inputs& out, int32_t group);
   // row `row` of `out` = quantize(rms_norm(x) · weight), or quantize(x) where weight is null; scratch: 32 · groups
   void (*quantize)(const float* x, const float* weight, float eps, const Inputs& out, int32_t row, float* scratch);
+  // The same for inputs with one scale a row; scratch of `quantize_row`: a number for each channel.
+  void (*matmul_tile_rows)(const MatrixView&, int32_t tile, const RowInputs&, float* sums, float* scratch,
+                           const uint8_t* next);
+  void (*quantize_row)(const float* x, const float* weight, float eps, const InputGrid&, const RowInputs& out,
+                       int32_t row, float* scratch);
+  // y[row·stride + i] = silu(gate) · up for i < 32
+  void (*store_silu)(const float* gate, const float* up, int32_t rows, float* y, size_t stride);
   void (*rms_norm)(const float* x, const float* weight, int32_t n, float eps, float* y);
   void (*rotate)(float* x, const float* cosine, const float* sine, int32_t head_dim);
   void (*to_half)(const float* x, uint16_t* y, int32_t n);

@@ -269,10 +269,12 @@ struct GroupScale {
   float scale, inverse;
 };
 
-inline GroupScale group_scale(float absmax) {
+inline GroupScale scale_of(float absmax, float qmax) {
   if (absmax < 0x1p-100f) return {0.0f, 0.0f};
-  return {absmax / 127.0f, 127.0f / absmax};
+  return {absmax / qmax, qmax / absmax};
 }
+
+inline GroupScale group_scale(float absmax) { return scale_of(absmax, 127.0f); }
 
 // One group of one row. `slot`: its index in the arrays of `out`.
 inline void write_group(Floats low, Floats high, GroupScale s, const Inputs& out, size_t slot) {
@@ -336,6 +338,8 @@ void quantize_weights(const float* x, int32_t n, int8_t* codes, float* scale) {
     scale[g] = s.scale;
   }
 }
+
+#include "row_scales.inl"
 
 // ---- embedding -------------------------------------------------------------------------------------------------
 
@@ -645,7 +649,8 @@ void measure_dot(int64_t rounds) {
 }
 
 constexpr Kernels kTable = {
-    matmul_tile, finish_store, finish_add, finish_silu, quantize,         rms_norm,
+    matmul_tile, finish_store, finish_add, finish_silu, quantize,
+    matmul_tile_rows, quantize_row, store_silu, rms_norm,
     rotate,      to_half,      widen,        attend,     attend_finish, embed,          to_float32,
     quantize_weights, find_maximum, divide, find_above, sum_exp, exp_difference, log_one,
     add_noise,

@@ -1,5 +1,6 @@
 // The linear layers of a forward pass: quantizing what they read, and multiplying tile by tile.
 #include <algorithm>
+#include <array>
 
 #include "forward.h"
 
@@ -28,17 +29,35 @@ const float* bias_of(const Matrix& matrix, int32_t tile) {
 
 void Forward::add_source(Source source, int32_t layer, int32_t rows) {
   if (rows <= kFewRows) return;
-  shared_[source].resize(rows, width_of(source));
+  shared_[source].reserve(rows, columns_of(source, layer));
   add(kPrepare, layer * kNumSources + source, rows);
+}
+
+const Matrix& Forward::reader_of(Source source, int32_t layer) const {
+  if (source == kHeadNorm) return model_.head_;
+  constexpr std::array<Linear, kHeadNorm> kReader = {kFc, kQ, kO, Linear::kGate, Linear::kDown};
+  return model_.layers_[static_cast<size_t>(layer)].linear[kReader[source]];
 }
 
 int32_t Forward::width_of(Source source) const {
   if (source == kAttentionOutput) return num_q_;
+  if (source == kHidden) return shape_.intermediate_size;
   if (source == kFeatures) return shape_.num_features * shape_.hidden_size;
   return source == kAttentionNorm && is_head_ ? 2 * shape_.hidden_size : shape_.hidden_size;
 }
 
-void Forward::quantize_row(Source source, int32_t layer, int32_t row, const Inputs& to, Scratch& scratch) {
+// Numbers of a row after they are quantized.
+int32_t Forward::columns_of(Source source, int32_t layer) const {
+  const Matrix& reader = reader_of(source, layer);
+  return reader.qmax ? reader.view.inputs : width_of(source);
+}
+
+QuantizedInputs Forward::view_of(InputsBuffer& buffer, Source source, int32_t layer) const {
+  const int32_t rows = rows_of(source), columns = columns_of(source, layer);
+  return reader_of(source, layer).qmax ? buffer.by_row(rows, columns) : buffer.in_groups(rows, columns);
+}
+
+void Forward::quantize_row(Source source, int32_t layer, int32_t row, const QuantizedInputs& to, Scratch& scratch) {
   const auto& norm = model_.layers_[static_cast<size_t>(layer)].norm;
   const float* x = nullptr;
   const float* weight = nullptr;
@@ -57,24 +76,34 @@ void Forward::quantize_row(Source source, int32_t layer, int32_t row, const Inpu
       x = residual(row);
       weight = norm[kPostAttentionNorm].data();
       break;
+    case kHidden:
+      x = &hidden_rows_[product(row, shape_.intermediate_size)];
+      break;
     default:
       x = residual(static_cast<int32_t>(call_->head_rows[head_indices_[static_cast<size_t>(row)]] - begin_));
       weight = model_.final_norm_.data();
   }
-  kernels_.quantize(x, weight, shape_.rms_norm_eps, to, row, scratch.norm.data());
+  if (!to.is_by_row) return kernels_.quantize(x, weight, shape_.rms_norm_eps, to.in_groups, row, scratch.norm.data());
+  kernels_.quantize_row(x, weight, shape_.rms_norm_eps, reader_of(source, layer).grid(), to.by_row, row,
+                        scratch.norm.data());
 }
 
-const Inputs& Forward::inputs_for(Source source, int32_t layer, int32_t thread) {
+QuantizedInputs Forward::inputs_for(Source source, int32_t layer, int32_t thread) {
   const int32_t rows = rows_of(source);
-  if (rows > kFewRows) return shared_[source].view();
+  if (rows > kFewRows) return view_of(shared_[source], source, layer);
   Scratch& scratch = scratch_[static_cast<size_t>(thread)];
   const int64_t wanted = (serial_ * shape_.num_layers + layer) * kNumSources + source;
-  if (scratch.prepared != wanted) {
-    const Inputs& view = scratch.inputs.resize(rows, width_of(source));
-    for (int32_t row = 0; row < rows; ++row) quantize_row(source, layer, row, view, scratch);
-    scratch.prepared = wanted;
-  }
-  return scratch.inputs.view();
+  if (scratch.prepared == wanted) return view_of(scratch.inputs, source, layer);
+  scratch.inputs.reserve(rows, columns_of(source, layer));
+  const QuantizedInputs view = view_of(scratch.inputs, source, layer);
+  for (int32_t row = 0; row < rows; ++row) quantize_row(source, layer, row, view, scratch);
+  scratch.prepared = wanted;
+  return view;
+}
+
+QuantizedInputs Forward::down_inputs(int32_t layer, int32_t thread) {
+  if (reader_of(kHidden, layer).qmax) return inputs_for(kHidden, layer, thread);
+  return hidden_.in_groups(num_rows_, shape_.intermediate_size);
 }
 
 // ---- linear layers ------------------------------------------------------------------------------------------------
@@ -104,7 +133,9 @@ Forward::Spot Forward::spot(int32_t kind, int32_t layer, int32_t item) const {
 }
 
 // Inputs come half from another core: fetched at once, their delays overlap.
-void Forward::fetch_inputs(const Phase& phase, int32_t item, int32_t thread, const Inputs& in) const {
+void Forward::fetch_inputs(const Phase& phase, int32_t item, int32_t thread, const QuantizedInputs& inputs) const {
+  if (inputs.is_by_row) return;
+  const Inputs& in = inputs.in_groups;
   if (in.rows > kFetchedRows || item != model_.runtime_->pool.first_item(phase.items, thread)) return;
   const size_t slots = product(in.rows, in.groups);
   fetch(in.codes, slots * kGroup);
@@ -150,9 +181,12 @@ const uint8_t* Forward::next_after(const Phase& phase, int32_t item, int32_t thr
   return at.matrix->view.tile(at.tile);
 }
 
-void Forward::multiply(const Spot& at, const Inputs& in, Buffer<float>& sums, Scratch& scratch,
+void Forward::multiply(const Spot& at, const QuantizedInputs& in, Buffer<float>& sums, Scratch& scratch,
                        const uint8_t* next) {
-  kernels_.matmul_tile(at.matrix->view, at.tile, in, sums.data(), scratch.decode.data(), next);
+  const MatrixView& view = at.matrix->view;
+  if (in.is_by_row)
+    return kernels_.matmul_tile_rows(view, at.tile, in.by_row, sums.data(), scratch.decode.data(), next);
+  kernels_.matmul_tile(view, at.tile, in.in_groups, sums.data(), scratch.decode.data(), next);
 }
 
 void Forward::run_fuse(const Phase& phase, int32_t item, int32_t thread) {
@@ -176,7 +210,7 @@ void Forward::run_qkv(const Phase& phase, int32_t item, int32_t thread) {
                         &qkv_[static_cast<size_t>(column)], static_cast<size_t>(num_q_ + 2 * num_kv_));
 }
 
-void Forward::run_into_residual(const Phase& phase, int32_t item, int32_t thread, const Inputs& in) {
+void Forward::run_into_residual(const Phase& phase, int32_t item, int32_t thread, const QuantizedInputs& in) {
   Scratch& scratch = scratch_[static_cast<size_t>(thread)];
   const Spot at = spot(phase.kind, phase.layer, item);
   fetch_inputs(phase, item, thread, in);
@@ -185,14 +219,18 @@ void Forward::run_into_residual(const Phase& phase, int32_t item, int32_t thread
                       residual(0) + item * kTile, static_cast<size_t>(shape_.hidden_size));
 }
 
-// 32 outputs of gate and up are one group of inputs of the next layer.
+// 32 outputs of gate and up are one group of inputs of the next layer, unless that quantizes whole rows.
 void Forward::run_gate_up(const Phase& phase, int32_t item, int32_t thread) {
   Scratch& scratch = scratch_[static_cast<size_t>(thread)];
-  const Inputs& in = inputs_for(kMlpNorm, phase.layer, thread);
+  const QuantizedInputs in = inputs_for(kMlpNorm, phase.layer, thread);
   const Matrix& up = model_.layers_[static_cast<size_t>(phase.layer)].linear[kUp];
   multiply(spot(kGateUp, phase.layer, item), in, scratch.sums, scratch, up.view.tile(item));
   multiply({&up, item}, in, scratch.other_sums, scratch, next_after(phase, item, thread));
-  kernels_.finish_silu(scratch.sums.data(), scratch.other_sums.data(), num_rows_, hidden_.view(), item);
+  if (!reader_of(kHidden, phase.layer).qmax)
+    return kernels_.finish_silu(scratch.sums.data(), scratch.other_sums.data(), num_rows_,
+                                hidden_.in_groups(num_rows_, shape_.intermediate_size).in_groups, item);
+  kernels_.store_silu(scratch.sums.data(), scratch.other_sums.data(), num_rows_,
+                      &hidden_rows_[static_cast<size_t>(item) * kTile], static_cast<size_t>(shape_.intermediate_size));
 }
 
 void Forward::run_head_tile(const Phase& phase, int32_t item, int32_t thread) {

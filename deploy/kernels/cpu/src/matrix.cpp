@@ -64,7 +64,7 @@ class GroupedPacking : public Program {
     uint8_t* minima = tile + to_.minimum_offset;
     if (to_.minimum == Minimum::kNumber) {
       pack_numbers(static_cast<const uint8_t*>(from_.minimum), to_.scale_number, row * groups, groups, minima, column);
-    } else {
+    } else if (to_.minimum == Minimum::kZeroPoint) {
       for (int64_t g = 0; g < groups; ++g) minima[g * kTile + column] = zero_point(row, g, groups);
     }
     if (from_.bits == 4) {
@@ -87,6 +87,7 @@ class GroupedPacking : public Program {
   uint8_t zero_point(int64_t row, int64_t group, int64_t groups) const {
     const auto* words = static_cast<const uint32_t*>(from_.minimum);
     if (!words) return static_cast<uint8_t>(1 << (from_.bits - 1));
+    if (from_.is_bytes) return static_cast<const uint8_t*>(from_.minimum)[row * groups + group] ^ 0x80;
     const int64_t per_word = 32 / from_.bits;
     const uint32_t word = words[row / per_word * groups + group];
     return static_cast<uint8_t>(word >> (row % per_word * from_.bits) & ((1u << from_.bits) - 1));
@@ -105,9 +106,13 @@ class GroupedPacking : public Program {
 
   void pack_bytes(uint8_t* codes, int32_t column, int64_t row) const {
     const uint32_t* words = static_cast<const uint32_t*>(from_.codes) + row * (from_.inputs / 4);
+    const uint32_t flip = from_.is_bytes ? 0x80808080 : 0;  // code − 128 to code
     uint8_t* to = codes + column / 16 * 512 + column % 16 * 4;
     for (int32_t g = 0; g < to_.groups; ++g, to += 1024)
-      for (int32_t j = 0; j < 8; ++j) std::memcpy(to + 64 * j, words + 8 * g + j, 4);
+      for (int32_t j = 0; j < 8; ++j) {
+        const uint32_t four = words[8 * g + j] ^ flip;
+        std::memcpy(to + 64 * j, &four, 4);
+      }
   }
 
   const us_weights& from_;
@@ -185,6 +190,25 @@ int32_t shift_of(int32_t group_size) {
   }
 }
 
+// Sums of products over all inputs stay within 32 bits up to here: 65536 · 255 · 127 < 2^31.
+constexpr int64_t kMostColumns = 65536;
+
+void check_inputs(const us_weights& from) {
+  if (from.is_plain || (from.input_bits != 4 && from.input_bits != 8))
+    throw std::invalid_argument("inputs of " + std::to_string(from.input_bits) + " bits do not fit; use 4 or 8");
+  if (from.inputs > kMostColumns) throw std::invalid_argument("more than 65536 columns with one scale a row");
+  const bool is_usable = from.input_scale == 0.0f || (from.input_scale >= 0x1p-126f && from.input_scale <= 0x1p126f);
+  if (!is_usable) throw std::invalid_argument("the input scale is not a positive normal number");
+  if (!from.flatten) return;
+  if (from.input_scale == 0.0f) throw std::invalid_argument("flattened inputs need an input scale");
+  for (int64_t i = 0; i < from.inputs; ++i) {
+    const int64_t before = i ? from.flatten[i - 1] : -1, step = from.flatten[i] - before;
+    if ((i == 0 || step != 0) && step != 1) throw std::invalid_argument("flatten must name every channel in order");
+  }
+  if ((int64_t{from.flatten[from.inputs - 1]} + 1) % kGroup)
+    throw std::invalid_argument("the number of channels must be a multiple of 32");
+}
+
 void check(const us_weights& from) {
   if (from.inputs <= 0 || from.inputs % kGroup || from.outputs <= 0 || from.outputs > kMostOutputs)
     throw std::invalid_argument("a matrix of " + std::to_string(from.outputs) + " × " + std::to_string(from.inputs) +
@@ -192,7 +216,11 @@ void check(const us_weights& from) {
   if (from.scale_type < 0 || from.scale_type > 2) throw std::invalid_argument("unknown number type");
   if (!from.is_plain && from.bits != 4 && from.bits != 8)
     throw std::invalid_argument("bits=" + std::to_string(from.bits) + " is not supported; use 4 or 8");
-  if (!from.is_plain && from.inputs % from.group_size) throw std::invalid_argument("group_size does not divide inputs");
+  if (!from.is_plain && (from.group_size <= 0 || from.inputs % from.group_size))
+    throw std::invalid_argument("group_size does not divide inputs");
+  if (from.is_bytes && (from.is_plain || from.bits != 8)) throw std::invalid_argument("bytes hold 8-bit codes only");
+  if (from.input_bits) return check_inputs(from);
+  if (from.flatten || from.input_scale != 0.0f) throw std::invalid_argument("an input scale needs input_bits");
 }
 
 MatrixView lay_out(const us_weights& from) {
@@ -202,16 +230,33 @@ MatrixView lay_out(const us_weights& from) {
   view.groups = view.inputs / kGroup;
   view.bits = from.is_plain ? 8 : from.bits;
   view.is_signed = from.is_plain;
-  view.group_shift = from.is_plain ? 0 : shift_of(from.group_size);
+  view.is_channel = from.input_bits && from.group_size == from.inputs;
+  view.group_shift = from.is_plain || view.is_channel ? 0 : shift_of(from.group_size);
   view.scale_number = from.is_plain ? Number::kFloat32 : static_cast<Number>(from.scale_type);
   if (!from.is_plain) view.minimum = from.has_float_minimum ? Minimum::kNumber : Minimum::kZeroPoint;
-  const size_t numbers = static_cast<size_t>(view.groups >> view.group_shift) * kTile;
+  if (from.input_bits && !from.minimum) {
+    view.minimum = Minimum::kNone;
+    view.zero = 1 << (from.bits - 1);
+  }
+  const size_t numbers = static_cast<size_t>(view.is_channel ? 1 : view.groups >> view.group_shift) * kTile;
   const size_t number = number_bytes(view.scale_number);
   const size_t minimum = view.minimum == Minimum::kNone ? 0 : view.minimum == Minimum::kNumber ? number : 1;
   view.minimum_offset = round_up(numbers * number, 64);
   view.code_offset = view.minimum_offset + round_up(numbers * minimum, 64);
   view.tile_bytes = view.code_offset + static_cast<size_t>(view.groups) * 4 * kGroup * static_cast<size_t>(view.bits);
   return view;
+}
+
+void set_inputs(Matrix& matrix, const us_weights& from) {
+  matrix.qmax = (1 << (from.input_bits - 1)) - 1;
+  matrix.input_scale = from.input_scale;
+  matrix.channels = matrix.view.inputs;
+  if (!from.flatten) return;
+  matrix.flatten.assign(from.flatten, from.flatten + from.inputs);
+  matrix.channels = matrix.flatten.back() + 1;
+  matrix.offset.assign(matrix.flatten.size(), 0);
+  for (size_t i = 1; i < matrix.flatten.size(); ++i)
+    if (matrix.flatten[i] == matrix.flatten[i - 1]) matrix.offset[i] = matrix.offset[i - 1] + matrix.qmax;
 }
 
 }  // namespace
@@ -246,6 +291,7 @@ Matrix pack(const us_weights& from, const Kernels& kernels, Pool& pool, Arena& a
   check(from);
   Matrix matrix;
   matrix.view = lay_out(from);
+  if (from.input_bits) set_inputs(matrix, from);
   uint8_t* data = arena.allocate(matrix.view.tile_bytes * static_cast<size_t>(matrix.view.tiles()));
   bool is_finite_everywhere = true;
   if (from.is_plain) {

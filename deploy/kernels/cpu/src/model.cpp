@@ -45,11 +45,12 @@ int32_t Model::expected_inputs(int32_t which) const {
 void Model::set_linear(int32_t layer, int32_t which, const us_weights& weights) {
   if (layer < 0 || layer >= shape_.num_layers || which < 0 || which >= (is_head() ? kNumLinears : kFc))
     refuse("there is no such layer");
-  if (weights.outputs != expected_outputs(which) || weights.inputs != expected_inputs(which))
-    refuse("the weight's shape is not the layer's");
   if (weights.bias && which > kV) refuse("only q, k and v may have a bias");
-  layers_[static_cast<size_t>(layer)].linear[static_cast<size_t>(which)] =
-      pack(weights, runtime_->kernels, runtime_->pool, arena_);
+  if (weights.input_bits && is_head()) refuse("a head quantizes its inputs in groups");
+  if (weights.outputs != expected_outputs(which)) refuse("the weight's shape is not the layer's");
+  Matrix matrix = pack(weights, runtime_->kernels, runtime_->pool, arena_);
+  if (matrix.width() != expected_inputs(which)) refuse("the weight's shape is not the layer's");
+  layers_[static_cast<size_t>(layer)].linear[static_cast<size_t>(which)] = std::move(matrix);
 }
 
 void Model::set_norm(int32_t layer, int32_t which, const float* values, int64_t count) {
@@ -101,6 +102,10 @@ void Model::finish() {
     for (int which = 0; which < (shape_.has_qk_norm ? kHiddenNorm : kQNorm); ++which)
       if (layer.norm[static_cast<size_t>(which)].empty()) refuse("a norm is missing");
     if (is_head() && layer.norm[kHiddenNorm].empty()) refuse("a norm is missing");
+    const auto& linear = layer.linear;
+    if (!linear[kQ].has_inputs_of(linear[kK]) || !linear[kQ].has_inputs_of(linear[kV]) ||
+        !linear[kGate].has_inputs_of(linear[kUp]))
+      refuse("q, k and v, or gate and up, quantize their inputs differently");
   }
   if (final_norm_.empty() || !head_.view.data) refuse("the final norm or the head is missing");
   if (!embedding_.is_set() && head_ids_.empty()) embedding_.packed = head_.view;

@@ -18,28 +18,41 @@ struct Runtime {
   Pool pool;
 };
 
-// Storage of Inputs.
+// What a linear layer reads, in the form that its matrix wants.
+struct QuantizedInputs {
+  bool is_by_row;
+  Inputs in_groups;
+  RowInputs by_row;
+};
+
+// Storage of quantized inputs, in turn of different layers and forms.
 class InputsBuffer {
  public:
-  const Inputs& resize(int32_t rows, int32_t inputs) {
-    const int32_t groups = inputs / kGroup;
-    const size_t slots = static_cast<size_t>(rows) * static_cast<size_t>(groups);
+  // Makes room; what it holds is lost.
+  void reserve(int32_t rows, int32_t columns) {
+    const size_t slots = product(rows, columns / kGroup), count = static_cast<size_t>(rows);
     if (slots > scale_.size()) {
       codes_.resize(slots * kGroup);
       scale_.resize(slots);
       offset_.resize(slots);
       start_.resize(slots);
     }
-    view_ = {codes_.data(), scale_.data(), offset_.data(), start_.data(), rows, groups};
-    return view_;
+    if (count > total_.size()) {
+      row_scale_.resize(count);
+      total_.resize(count);
+    }
   }
-  const Inputs& view() const { return view_; }
+  QuantizedInputs in_groups(int32_t rows, int32_t inputs) {
+    return {false, {codes_.data(), scale_.data(), offset_.data(), start_.data(), rows, inputs / kGroup}, {}};
+  }
+  QuantizedInputs by_row(int32_t rows, int32_t columns) {
+    return {true, {}, {codes_.data(), row_scale_.data(), total_.data(), start_.data(), rows, columns / kGroup}};
+  }
 
  private:
   Buffer<int8_t> codes_;
-  Buffer<float> scale_, offset_;
-  Buffer<int32_t> start_;
-  Inputs view_ = {};
+  Buffer<float> scale_, offset_, row_scale_;
+  Buffer<int32_t> start_, total_;
 };
 
 constexpr size_t kDecodeScratch = 2 * kPanel * kTile;

@@ -6,6 +6,9 @@
 #include <cstdint>
 #include <cstring>
 
+// The compiler's own limits would leave these as calls in some of the many places that use them.
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
+
 namespace {
 
 struct Floats {
@@ -28,6 +31,7 @@ inline Floats sub(Floats a, Floats b) { return {_mm256_sub_ps(a.lo, b.lo), _mm25
 inline Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
 inline Floats div(Floats a, Floats b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
 inline Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+inline Floats min(Floats a, Floats b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
 inline Floats abs(Floats a) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
@@ -46,6 +50,21 @@ inline Ints bits_of(Floats a) { return {_mm256_castps_si256(a.lo), _mm256_castps
 inline Ints add_ints(Ints a, int32_t b) {
   const __m256i all = _mm256_set1_epi32(b);
   return {_mm256_add_epi32(a.lo, all), _mm256_add_epi32(a.hi, all)};
+}
+inline Ints add_ints(Ints a, Ints b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+inline Ints subtract_ints(Ints a, Ints b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
+inline Ints multiply_ints(Ints a, int32_t b) {
+  const __m256i all = _mm256_set1_epi32(b);
+  return {_mm256_mullo_epi32(a.lo, all), _mm256_mullo_epi32(a.hi, all)};
+}
+inline Ints clamp_ints(Ints a, int32_t low, int32_t high) {
+  const __m256i least = _mm256_set1_epi32(low), most = _mm256_set1_epi32(high);
+  return {_mm256_min_epi32(_mm256_max_epi32(a.lo, least), most), _mm256_min_epi32(_mm256_max_epi32(a.hi, least), most)};
+}
+// The 32-bit numbers at `from` that `indices` say.
+inline Ints gather_ints(const void* from, Ints indices) {
+  const auto* base = static_cast<const int*>(from);
+  return {_mm256_i32gather_epi32(base, indices.lo, 4), _mm256_i32gather_epi32(base, indices.hi, 4)};
 }
 inline Ints set1_ints(uint32_t a) {
   const __m256i all = _mm256_set1_epi32(static_cast<int32_t>(a));
@@ -148,12 +167,13 @@ inline __m256i broadcast_inputs(const int8_t* p) {
 
 #ifdef __AVXVNNI__
 
-// 8 outputs × R rows of one group; `w` points at the first of the group's vectors, 64 bytes apart.
-template <int BITS, bool SIGNED, int R>
-inline void dot_eight(const uint8_t* w, const int8_t* inputs, const int32_t* start, __m256i (&d)[R]) {
+// What is subtracted from 8-bit codes before they are multiplied.
+constexpr int32_t kByteOffset = 0;
+
+// Adds 8 outputs × R rows of one group; `w` points at the first of the group's vectors, 64 bytes apart.
+template <int BITS, int R>
+ALWAYS_INLINE void accumulate_eight(const uint8_t* w, const int8_t* inputs, __m256i (&d)[R]) {
   const __m256i low = _mm256_set1_epi8(15);
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) d[r] = SIGNED ? _mm256_set1_epi32(start[r]) : _mm256_setzero_si256();
 #pragma GCC unroll 8
   for (int j = 0; j < (BITS == 4 ? 4 : 8); ++j) {
     const __m256i codes = load256(w + 64 * j);
@@ -172,16 +192,26 @@ inline void dot_eight(const uint8_t* w, const int8_t* inputs, const int32_t* sta
   }
 }
 
+// Without rows to add to; with signed codes they begin at `start`.
+template <int BITS, bool SIGNED, int R>
+ALWAYS_INLINE void dot_eight(const uint8_t* w, const int8_t* inputs, const int32_t* start, __m256i (&d)[R]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) d[r] = SIGNED ? _mm256_set1_epi32(start[r]) : _mm256_setzero_si256();
+  accumulate_eight<BITS, R>(w, inputs, d);
+}
+
 #else
 
 // vpmaddubsw saturates at 16 bits. With 4-bit codes eight of its results fit: 8 · 2 · 15 · 127 = 30480. With 8-bit
 // codes made signed and their sign moved to the input one does: 2 · 128 · 127 = 32512.
-template <int BITS, bool SIGNED, int R>
-inline void dot_eight(const uint8_t* w, const int8_t* inputs, const int32_t* start, __m256i (&d)[R]) {
+constexpr int32_t kByteOffset = 128;
+
+template <int BITS, int R>
+ALWAYS_INLINE void accumulate_eight(const uint8_t* w, const int8_t* inputs, __m256i (&d)[R]) {
   const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  __m256i sums[R];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-    d[r] = BITS == 4 || SIGNED ? _mm256_setzero_si256() : _mm256_set1_epi32(-start[r]);
+  for (int r = 0; r < R; ++r) sums[r] = BITS == 4 ? _mm256_setzero_si256() : d[r];
 #pragma GCC unroll 8
   for (int j = 0; j < (BITS == 4 ? 4 : 8); ++j) {
     __m256i codes = load256(w + 64 * j);
@@ -191,7 +221,7 @@ inline void dot_eight(const uint8_t* w, const int8_t* inputs, const int32_t* sta
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const __m256i a = _mm256_sign_epi8(broadcast_inputs(inputs + 32 * r + 4 * j), codes);
-        d[r] = _mm256_add_epi32(d[r], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, a), ones));
+        sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, a), ones));
       }
       continue;
     }
@@ -200,19 +230,43 @@ inline void dot_eight(const uint8_t* w, const int8_t* inputs, const int32_t* sta
     for (int r = 0; r < R; ++r) {
       const __m256i x = _mm256_maddubs_epi16(even, broadcast_inputs(inputs + 32 * r + 8 * j));
       const __m256i y = _mm256_maddubs_epi16(odd, broadcast_inputs(inputs + 32 * r + 8 * j + 4));
-      d[r] = _mm256_add_epi16(d[r], _mm256_add_epi16(x, y));
+      sums[r] = _mm256_add_epi16(sums[r], _mm256_add_epi16(x, y));
     }
   }
-  if (BITS == 4)
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) d[r] = _mm256_madd_epi16(d[r], ones);
+  for (int r = 0; r < R; ++r) d[r] = BITS == 4 ? _mm256_add_epi32(d[r], _mm256_madd_epi16(sums[r], ones)) : sums[r];
+}
+
+template <int BITS, bool SIGNED, int R>
+ALWAYS_INLINE void dot_eight(const uint8_t* w, const int8_t* inputs, const int32_t* start, __m256i (&d)[R]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) d[r] = BITS == 4 || SIGNED ? _mm256_setzero_si256() : _mm256_set1_epi32(-start[r]);
+  accumulate_eight<BITS, R>(w, inputs, d);
 }
 
 #endif
 
-// Integer dots of one group of 32 inputs: 2 × 16 outputs, R rows. See matrix.h for the layout of the codes.
+// Adds the integer dots of one group of 32 inputs: 2 × 16 outputs, R rows. See matrix.h for the layout of the codes.
+template <int BITS, int R>
+ALWAYS_INLINE void accumulate_group(const uint8_t* codes, const int8_t* inputs, Ints (&d)[2][R]) {
+  for (int t = 0; t < 2; ++t) {
+    const uint8_t* w = codes + t * (BITS == 4 ? 256 : 512);
+    __m256i lo[R], hi[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      lo[r] = d[t][r].lo;
+      hi[r] = d[t][r].hi;
+    }
+    accumulate_eight<BITS, R>(w, inputs, lo);
+    accumulate_eight<BITS, R>(w + 32, inputs, hi);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) d[t][r] = {lo[r], hi[r]};
+  }
+}
+
+// The dots alone; with signed codes they begin at `start`.
 template <int BITS, bool SIGNED, int R>
-inline void dot_group(const uint8_t* codes, const int8_t* inputs, const int32_t* start, Ints (&d)[2][R]) {
+ALWAYS_INLINE void dot_group(const uint8_t* codes, const int8_t* inputs, const int32_t* start, Ints (&d)[2][R]) {
   for (int t = 0; t < 2; ++t) {
     const uint8_t* w = codes + t * (BITS == 4 ? 256 : 512);
     __m256i lo[R], hi[R];

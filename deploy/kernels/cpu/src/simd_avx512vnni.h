@@ -6,6 +6,9 @@
 #include <cstdint>
 #include <cstring>
 
+// The compiler's own limits would leave these as calls in some of the many places that use them.
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
+
 namespace {
 
 using Floats = __m512;
@@ -19,6 +22,7 @@ inline Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
 inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 inline Floats abs(Floats a) { return _mm512_abs_ps(a); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats select_less(Floats a, Floats b, Floats yes, Floats no) {
@@ -37,6 +41,14 @@ inline Ints mask_or(Ints a, int32_t mask, int32_t bits) {
   return _mm512_or_si512(_mm512_and_si512(a, _mm512_set1_epi32(mask)), _mm512_set1_epi32(bits));
 }
 inline Ints add_ints(Ints a, int32_t b) { return _mm512_add_epi32(a, _mm512_set1_epi32(b)); }
+inline Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints subtract_ints(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+inline Ints multiply_ints(Ints a, int32_t b) { return _mm512_mullo_epi32(a, _mm512_set1_epi32(b)); }
+inline Ints clamp_ints(Ints a, int32_t low, int32_t high) {
+  return _mm512_min_epi32(_mm512_max_epi32(a, _mm512_set1_epi32(low)), _mm512_set1_epi32(high));
+}
+// The 32-bit numbers at `from` that `indices` say.
+inline Ints gather_ints(const void* from, Ints indices) { return _mm512_i32gather_epi32(indices, from, 4); }
 inline Ints set1_ints(uint32_t a) { return _mm512_set1_epi32(static_cast<int32_t>(a)); }
 inline Ints exclusive_or(Ints a, Ints b) { return _mm512_xor_si512(a, b); }
 inline void store_ints(void* p, Ints a) { _mm512_storeu_si512(p, a); }
@@ -111,11 +123,12 @@ inline Ints broadcast_inputs(const int8_t* p) {
   return _mm512_set1_epi32(four);
 }
 
-// Integer dots of one group of 32 inputs: 2 × 16 outputs, R rows. See matrix.h for the layout of the codes.
-template <int BITS, bool SIGNED, int R>
-inline void dot_group(const uint8_t* codes, const int8_t* inputs, const int32_t* start, Ints (&d)[2][R]) {
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) d[0][r] = d[1][r] = SIGNED ? _mm512_set1_epi32(start[r]) : _mm512_setzero_si512();
+// What is subtracted from 8-bit codes before `accumulate_group` multiplies them.
+constexpr int32_t kByteOffset = 0;
+
+// Adds the integer dots of one group of 32 inputs: 2 × 16 outputs, R rows. See matrix.h for the layout of the codes.
+template <int BITS, int R>
+ALWAYS_INLINE void accumulate_group(const uint8_t* codes, const int8_t* inputs, Ints (&d)[2][R]) {
   if (BITS == 4) {
     const Ints low = _mm512_set1_epi8(15);
 #pragma GCC unroll 4
@@ -149,6 +162,14 @@ inline void dot_group(const uint8_t* codes, const int8_t* inputs, const int32_t*
       }
     }
   }
+}
+
+// The dots alone; with signed codes they begin at `start`.
+template <int BITS, bool SIGNED, int R>
+ALWAYS_INLINE void dot_group(const uint8_t* codes, const int8_t* inputs, const int32_t* start, Ints (&d)[2][R]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) d[0][r] = d[1][r] = SIGNED ? _mm512_set1_epi32(start[r]) : _mm512_setzero_si512();
+  accumulate_group<BITS, R>(codes, inputs, d);
 }
 
 }  // namespace

@@ -6,6 +6,9 @@
 #include <cstdint>
 #include <cstring>
 
+// The compiler's own limits would leave these as calls in some of the many places that use them.
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
+
 namespace {
 
 struct Floats {
@@ -45,6 +48,9 @@ inline Floats div(Floats a, Floats b) {
 }
 inline Floats max(Floats a, Floats b) {
   return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline Floats min(Floats a, Floats b) {
+  return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
 }
 inline Floats abs(Floats a) {
   return each([&](int i) { return __builtin_fabsf(a.v[i]); });
@@ -104,6 +110,28 @@ inline Ints mask_or(Ints a, int32_t mask, int32_t bits) {
 inline Ints add_ints(Ints a, int32_t b) {
   for (int i = 0; i < 16; ++i) a.v[i] += b;
   return a;
+}
+inline Ints add_ints(Ints a, Ints b) {
+  for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
+  return a;
+}
+inline Ints subtract_ints(Ints a, Ints b) {
+  for (int i = 0; i < 16; ++i) a.v[i] -= b.v[i];
+  return a;
+}
+inline Ints multiply_ints(Ints a, int32_t b) {
+  for (int i = 0; i < 16; ++i) a.v[i] *= b;
+  return a;
+}
+inline Ints clamp_ints(Ints a, int32_t low, int32_t high) {
+  for (int i = 0; i < 16; ++i) a.v[i] = a.v[i] < low ? low : a.v[i] > high ? high : a.v[i];
+  return a;
+}
+// The 32-bit numbers at `from` that `indices` say.
+inline Ints gather_ints(const void* from, Ints indices) {
+  Ints r;
+  for (int i = 0; i < 16; ++i) std::memcpy(&r.v[i], static_cast<const char*>(from) + 4 * indices.v[i], 4);
+  return r;
 }
 inline Ints set1_ints(uint32_t a) {
   Ints r;
@@ -190,23 +218,39 @@ inline Floats square_root(Floats a) {
 }
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
-// Integer dots of one group of 32 inputs: 2 × 16 outputs, R rows. See matrix.h for the layout of the codes.
-template <int BITS, bool SIGNED, int R>
-inline void dot_group(const uint8_t* codes, const int8_t* inputs, const int32_t*, Ints (&d)[2][R]) {
+// What is subtracted from 8-bit codes before `accumulate_group` multiplies them.
+constexpr int32_t kByteOffset = 0;
+
+// Adds the integer dots of one group of 32 inputs with codes − ZERO: 2 × 16 outputs, R rows. See matrix.h for the
+// layout of the codes.
+template <int BITS, int ZERO, int R>
+ALWAYS_INLINE void accumulate_shifted(const uint8_t* codes, const int8_t* inputs, Ints (&d)[2][R]) {
   for (int t = 0; t < 2; ++t)
     for (int r = 0; r < R; ++r) {
       int32_t* sums = d[t][r].v;
-      for (int c = 0; c < 16; ++c) sums[c] = 0;
       for (int j = 0; j < 8; ++j) {
         // Four inputs of every output; 4-bit codes come in pairs of such fours.
         const int8_t* a = inputs + 32 * r + 4 * j;
         const uint8_t* w = codes + (BITS == 4 ? 256 * t + 64 * (j / 2) : 512 * t + 64 * j);
-        const int shift = BITS == 4 ? 4 * (j % 2) : 0, mask = BITS == 4 ? 15 : 255, zero = SIGNED ? 128 : 0;
+        const int shift = BITS == 4 ? 4 * (j % 2) : 0, mask = BITS == 4 ? 15 : 255;
         for (int c = 0; c < 16; ++c, w += 4)
-          sums[c] += ((w[0] >> shift & mask) - zero) * a[0] + ((w[1] >> shift & mask) - zero) * a[1] +
-                     ((w[2] >> shift & mask) - zero) * a[2] + ((w[3] >> shift & mask) - zero) * a[3];
+          sums[c] += ((w[0] >> shift & mask) - ZERO) * a[0] + ((w[1] >> shift & mask) - ZERO) * a[1] +
+                     ((w[2] >> shift & mask) - ZERO) * a[2] + ((w[3] >> shift & mask) - ZERO) * a[3];
       }
     }
+}
+
+template <int BITS, int R>
+ALWAYS_INLINE void accumulate_group(const uint8_t* codes, const int8_t* inputs, Ints (&d)[2][R]) {
+  accumulate_shifted<BITS, 0, R>(codes, inputs, d);
+}
+
+// The dots alone; signed codes are made signed here instead of beginning at the third argument.
+template <int BITS, bool SIGNED, int R>
+ALWAYS_INLINE void dot_group(const uint8_t* codes, const int8_t* inputs, const int32_t*, Ints (&d)[2][R]) {
+  for (int t = 0; t < 2; ++t)
+    for (int r = 0; r < R; ++r) d[t][r] = set1_ints(0);
+  accumulate_shifted<BITS, SIGNED ? 128 : 0, R>(codes, inputs, d);
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 #define US_API __attribute__((visibility("default")))
-#define US_ABI_VERSION 4
+#define US_ABI_VERSION 5
 
 typedef struct us_runtime us_runtime;
 typedef struct us_matrix us_matrix;
@@ -36,6 +36,12 @@ typedef struct {
   int32_t bits, group_size, scale_type;
   int32_t is_plain;        /* quantized here to int8 in groups of 32 */
   int32_t has_float_minimum;
+  int32_t is_bytes;        /* 8 bits: codes int8 [rows][inputs], code − 128; zero points int8 [rows][groups] alike */
+  /* How what it multiplies is quantized. 0 bits: in groups of 32, as docs/numerics.md says for layers whose file says
+   * nothing; otherwise 4 or 8, with one scale a row, and group_size may be `inputs`: a scale per output. */
+  int32_t input_bits;
+  float input_scale;       /* of every row; 0: each row finds its own */
+  const int32_t* flatten;  /* [inputs]: the channel that a column multiplies a copy of, copied here; or NULL */
 } us_weights;
 
 typedef struct {
@@ -108,7 +114,7 @@ US_API void us_runtime_destroy(us_runtime*);
 US_API us_matrix* us_matrix_create(us_runtime*, const us_weights*);
 US_API void us_matrix_destroy(us_matrix*);
 US_API int64_t us_matrix_bytes(const us_matrix*);
-/* x [rows][inputs] → y [rows][outputs], `repeats` times over. */
+/* x [rows][inputs, or channels where they are flattened] → y [rows][outputs], `repeats` times over. */
 US_API int us_matrix_multiply(us_matrix*, const float* x, int64_t rows, float* y, int64_t repeats);
 US_API int us_exp(us_runtime*, const float* x, int64_t n, float* y);
 US_API int us_to_half(us_runtime*, const float* x, int64_t n, uint16_t* y);

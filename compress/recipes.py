@@ -1,0 +1,152 @@
+"""Recipes of llmcompressor: running one over a model, and reading what it left behind.
+
+The library's session is global and its recipes are copied, so this is the only place that touches either. Scales are
+rounded to bfloat16 *before* the codes are chosen, so that the file holds exactly what was optimised.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
+from compressed_tensors.quantization.lifecycle import apply
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.core import State, reset_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.gptq import GPTQModifier
+from loguru import logger as library_logger
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from compress.grids import WeightGrid
+from deploy.formats.packed import GroupedInt
+
+IGNORED = ["lm_head", "re:.*embed_tokens"]
+RARE = 1e-6
+"""Diagonal, as a share of the Hessian's mean, that an input gets which calibration never saw but that may occur."""
+
+
+class CountingGPTQ(GPTQModifier):
+    """llmcompressor's GPTQ, with a record of the layers that fell back to rounding and a report of progress.
+
+    keeps_unseen: weights of inputs that were always 0 are rounded to nearest; the library would make them 0.
+    """
+
+    keeps_unseen: bool = False
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        _fallen_back.extend(self._rtn_fallback_module_names)
+        return super().on_finalize(state, **kwargs)
+
+    def compress_module_list(self, module_list: list[torch.nn.Module]) -> None:
+        for module in module_list:
+            observer: Any = module.weight_observer
+            if self.keeps_unseen:
+                diagonal = self._hessians[module].diagonal()
+                diagonal[diagonal == 0] = RARE * diagonal.mean()
+            num_samples = self._num_samples[module].clone()
+            extremes = observer.min_vals, observer.max_vals
+            try:
+                super().compress_module_list([module])
+            except torch.linalg.LinAlgError:
+                # The library falls back when H has no factor, but not when only its inverse has none. Under an
+                # identity nothing is passed on from column to column, which is rounding to nearest.
+                self._hessians[module] = torch.eye(module.get_parameter("weight").shape[1])
+                self._num_samples[module] = num_samples
+                observer.min_vals, observer.max_vals = extremes
+                super().compress_module_list([module])
+                self._rtn_fallback_module_names.append(self._module_names[module])
+            _on_layers(1)
+
+
+_fallen_back: list[str] = []
+"""Modifiers are built anew from their recipe inside the library, so what they saw is handed out here."""
+_on_layers: Callable[[int], None] = lambda num_layers: None  # noqa: E731
+
+
+def weight_scheme(
+    grid: WeightGrid,
+    observer: str,
+    targets: Sequence[str] = ("Linear",),
+    activations: QuantizationArgs | None = None,
+) -> QuantizationScheme:
+    """A group of a recipe: weights on `grid`, their range by the library's `observer`, inputs as `activations` says."""
+    weights = QuantizationArgs(
+        num_bits=grid.bits,
+        type="int",
+        symmetric=grid.symmetric,
+        strategy=QuantizationStrategy.CHANNEL if grid.group_size is None else QuantizationStrategy.GROUP,
+        group_size=grid.group_size,
+        observer=observer,
+        scale_dtype=torch.bfloat16,
+    )
+    return QuantizationScheme(targets=list(targets), weights=weights, input_activations=activations)
+
+
+def load_model(model_dir: Path) -> PreTrainedModel:
+    """An unquantized model directory in float32."""
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+
+
+def run_recipe(
+    model: PreTrainedModel,
+    modifier: Modifier,
+    samples: Sequence[Sequence[int]] | None = None,
+    on_layers: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Runs one modifier over the model, in place; returns the layers that fell back.
+
+    samples: calibration token ids, where it calibrates. on_layers: called with the number of layers that GPTQ just did.
+    """
+    global _on_layers
+    _fallen_back.clear()
+    _on_layers = on_layers or (lambda _num_layers: None)
+    for package in ("llmcompressor", "compressed_tensors"):
+        library_logger.disable(package)
+    logging.getLogger("torch.fx").setLevel(logging.ERROR)
+    reset_session()
+    arguments: dict[str, Any] = {}
+    if samples is not None:
+        columns = {"input_ids": [list(s) for s in samples], "attention_mask": [[1] * len(s) for s in samples]}
+        arguments = {
+            "dataset": Dataset.from_dict(columns),
+            "num_calibration_samples": len(samples),
+            "max_seq_length": max(len(s) for s in samples),
+            "shuffle_calibration_samples": False,
+            "batch_size": 1,
+        }
+    try:
+        # Its bar is shown even where TQDM_DISABLE asks for none; ours says more.
+        with patch.object(apply, "tqdm", lambda items, **_bar: items):
+            oneshot(model=model, recipe=[modifier], **arguments)
+    finally:
+        reset_session()
+    return list(_fallen_back)
+
+
+def read_grids(model: PreTrainedModel) -> dict[str, GroupedInt]:
+    """Codes, scales and zero points from the modules that llmcompressor leaves behind, by module name."""
+    found = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or not hasattr(module, "weight_scale"):
+            continue
+        scheme: Any = module.quantization_scheme
+        grid = scheme.weights
+        group_size = grid.group_size or module.in_features
+        scale = module.get_parameter("weight_scale").detach().float()
+        zero = torch.zeros_like(scale) if grid.symmetric else module.get_parameter("weight_zero_point").detach().float()
+        weight = module.weight.detach().float().unflatten(1, (-1, group_size))
+        middle, top = 1 << (grid.num_bits - 1), (1 << grid.num_bits) - 1
+        codes = (torch.round(weight / scale[:, :, None] + zero[:, :, None]) + middle).clamp(0, top)
+        found[name] = GroupedInt.from_zero_point(
+            codes.flatten(1).numpy().astype(np.uint8),
+            scale.numpy(),
+            (zero + middle).numpy().astype(np.uint8),
+            bits=grid.num_bits,
+            group_size=group_size,
+        )
+    return found
