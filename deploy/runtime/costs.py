@@ -88,11 +88,16 @@ class Costs:
         )
 
 
-def measure_rows(model: Backend, counts: Sequence[int] = ROW_COUNTS, *, context: int = CONTEXT) -> dict[int, float]:
+def measure_rows(model: Backend, counts: Sequence[int] | None = None, *, context: int = CONTEXT) -> dict[int, float]:
     """Rows → median milliseconds of a forward that continues `context` tokens by a chain of that many and chooses a
     token after each. Where the model's context is shorter, it continues as many as leave room for the longest chain.
+
+    counts: by default the model's own `row_counts` (a GPU's forward takes the time of its row bucket), or ROW_COUNTS.
+    Tokens are on the host when a forward returns, so a GPU has then done all of its work.
     """
     shape, greedy = model.shape, SamplingParams()
+    if counts is None:
+        counts = getattr(model, "row_counts", ROW_COUNTS)
     context = max(1, min(context, shape.context_length - max(counts)))
     model.reset(_SCRATCH)
     model.forward(_chain(0, context, shape.vocab_size), logit_rows=[])
