@@ -52,7 +52,7 @@ def open_session(
     backend: BackendName | None,
     threads: int | None,
 ) -> tuple[Session, Mode]:
-    """The session, and the mode that `mode` comes to. Raises ValueError as `Session.open`, BundleError as `Bundle.open`."""
+    """The session, and what `mode` comes to. Raises ValueError as `Session.open`, BundleError as `Bundle.open`."""
     if mode is not None:
         require_mode(mode)
     opened = Bundle.open(bundle)

@@ -61,7 +61,7 @@ def choose_backend(name: BackendName | DeviceName, weight_bytes: int) -> Backend
     """The backend `name`, or where that is "auto" the GPU if it can be used, else the CPU.
 
     weight_bytes: of all models that are to run beside each other. Raises DeviceError for "gpu" where it cannot be
-    used. "auto" then takes the CPU and says why: in one line, and as a warning where there is a GPU that is passed over.
+    used. "auto" then takes the CPU and says why in one line, a warning where there is a GPU that is passed over.
     """
     if name not in ("auto", "gpu"):
         return require_backend(name)

@@ -17,7 +17,7 @@ from deploy.runtime.gpu_graphs import Computed
 from deploy.runtime.gpu_inputs import RowInputs
 from deploy.runtime.gpu_loader import load_language_model
 from deploy.runtime.gpu_model import ROWS_AT_ONCE, Device, Float32, GpuModel
-from deploy.runtime.gpu_sampling import Choice, best_columns, choose
+from deploy.runtime.gpu_sampling import Choice, choose
 from deploy.runtime.gpu_weights import LanguageModel
 from deploy.runtime.sampling import SamplingParams, not_finite
 
@@ -119,7 +119,7 @@ class GpuBackend(GpuModel):
     def _run(
         self, rows: Sequence[Row], taps: Sequence[int], head_rows: Sequence[int] | None, continues: bool
     ) -> tuple[Tensor, Tensor, dict[int, Float32]]:
-        """Logits and best columns of the rows asked for, on the device; states of all rows, on the host."""
+        """Logits and greedy tokens of the rows asked for, on the device; states of all rows, on the host."""
         places = self._cache.begin(rows, continues=continues)
         self._cache.write_table()
         wanted = range(len(rows)) if head_rows is None else head_rows
@@ -154,7 +154,7 @@ class GpuBackend(GpuModel):
         if not parts:
             width = self.weights.head.weight.shape[0]
             device = self.device.torch_device
-            return torch.empty((0, width), device=device), torch.empty(0, dtype=torch.int64, device=device)
+            return torch.empty((0, width), device=device), torch.empty(0, dtype=torch.int32, device=device)
         logits, best = parts[0] if len(parts) == 1 else (torch.cat(each) for each in zip(*parts, strict=True))
         if order == sorted(order):
             return logits, best
@@ -176,5 +176,4 @@ class GpuBackend(GpuModel):
         if not has_head:
             return Computed(stream.residual, None, None, stream.taps)
         asked = normed if head_rows is None else normed[head_rows]
-        logits = self.device.ops.linear(asked, self.weights.head, torch.float32)
-        return Computed(stream.residual, logits, best_columns(self.device.ops, logits), stream.taps)
+        return Computed(stream.residual, *self.head(asked, self.weights.head), stream.taps)

@@ -18,14 +18,13 @@ from deploy.runtime.tree import ROOT, Draft, TreeLimits
 
 @dataclass(frozen=True)
 class Candidates:
-    """The best tokens of each row. tokens: int64 [rows, k]. scores: fp32 [rows, k], -inf where there is no token.
+    """The best tokens of each row: int64 [rows, k], -1 where there are fewer. scores: fp32 [rows, k], -inf there.
 
-    is_finite: bool, one for all: whether the logits were.
+    A row without any had logits that are not finite.
     """
 
     tokens: Tensor
     scores: Tensor
-    is_finite: Tensor
 
 
 @dataclass(frozen=True)
@@ -86,10 +85,11 @@ def grow(limits: TreeLimits, first: Candidates, expand: Callable[[Expansion], Ca
         torch.full((1,), ROOT, device=device), torch.zeros(1, device=device), torch.ones(1, dtype=torch.bool).to(device)
     )
     found, nodes = first, _none(device)
-    is_going, is_finite = torch.ones((), dtype=torch.bool, device=device), first.is_finite
+    is_going = is_finite = torch.ones((), dtype=torch.bool, device=device)
     expected = torch.zeros((), dtype=torch.float64, device=device)
     can_end_early = limits.min_gain > 0 or limits.min_probability > 0
     for level in range(1, limits.depth + 1):
+        is_finite = is_finite & ((found.tokens[:, 0] >= 0) | ~rows.is_there).all()
         new, begin = _children(limits, rows, found, is_going), len(nodes)
         nodes = nodes.join(new)
         total = _expected(nodes, nodes.best(limits.num_nodes))
@@ -100,8 +100,8 @@ def grow(limits: TreeLimits, first: Candidates, expand: Callable[[Expansion], Ca
         chosen = new.best(limits.width)
         rows = _Rows(chosen + begin, new.scores[chosen], new.is_there[chosen])
         per_row = found.tokens.shape[1]
-        found = expand(Expansion(level, new.tokens[chosen], torch.div(chosen, per_row, rounding_mode="floor")))
-        is_finite = is_finite & found.is_finite
+        tokens = new.tokens[chosen].clamp(min=0)  # a node that is not there is computed, too
+        found = expand(Expansion(level, tokens, torch.div(chosen, per_row, rounding_mode="floor")))
     return _read(nodes, nodes.best(limits.num_nodes), is_finite)
 
 
@@ -113,7 +113,7 @@ def _none(device: torch.device) -> _Nodes:
 def _children(limits: TreeLimits, rows: _Rows, found: Candidates, is_going: Tensor) -> _Nodes:
     count = found.tokens.shape[1]
     scores = (rows.scores[:, None] + found.scores).flatten()
-    is_there = (rows.is_there[:, None] & torch.isfinite(found.scores)).flatten() & is_going
+    is_there = (rows.is_there[:, None] & (found.tokens >= 0)).flatten() & is_going
     is_there &= torch.exp(scores) >= limits.min_probability
     return _Nodes(found.tokens.flatten(), rows.nodes.repeat_interleave(count), scores, is_there)
 

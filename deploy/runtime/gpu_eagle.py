@@ -12,7 +12,6 @@ from deploy.runtime.gpu_graphs import Computed
 from deploy.runtime.gpu_inputs import RowInputs
 from deploy.runtime.gpu_loader import load_eagle
 from deploy.runtime.gpu_model import Float32, GpuModel
-from deploy.runtime.gpu_sampling import best_columns
 
 
 class GpuEagle(GpuModel):
@@ -62,5 +61,5 @@ class GpuEagle(GpuModel):
         normed = stream.norm(context, weights.norm)
         if not has_head:
             return Computed(stream.residual, None, None, {})
-        logits = ops.linear(normed if head_rows is None else normed[head_rows], weights.head, torch.float32)
-        return Computed(stream.residual, logits, best_columns(ops, logits), {})
+        asked = normed if head_rows is None else normed[head_rows]
+        return Computed(stream.residual, *self.head(asked, weights.head), {})

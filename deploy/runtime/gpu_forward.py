@@ -80,9 +80,7 @@ def run_layer(context: Context, index: int, layer: Layer, inputs: RowInputs, str
     keys, values = cache.keys[index], cache.values[index]
     tables = (context.cosine, context.sine, inputs.positions, inputs.slots)
     ops.rope_cache(qkv, *tables, query, keys, values, layer.q_norm, layer.k_norm, shape.rms_norm_eps)
-    ops.attention(
-        query, keys, values, cache.table, inputs.sequences, inputs.cached, inputs.ancestors, out=attended
-    )
+    ops.attention(query, keys, values, cache.table, inputs.sequences, inputs.cached, inputs.ancestors, out=attended)
     stream.delta = ops.linear(attended.view(len(qkv), -1), layer.output, torch.float32)
     inner = ops.silu_mul(ops.linear(stream.norm(context, layer.post_attention_norm), layer.gate_up))
     stream.delta = ops.linear(inner, layer.down, torch.float32)

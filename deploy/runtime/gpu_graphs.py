@@ -19,7 +19,7 @@ class Computed:
     """What a forward leaves on the device, a row each; of a graph, until its next replay.
 
     states: fp32 [rows, hidden], what enters the final norm. logits: fp32 [rows, head], None where no head was asked
-    for. best: int64 [rows], the column of the largest logit; -1 where logits are not finite. taps: as of a Backend.
+    for. best: int32 [rows], the token of the largest logit; -1 where logits are not finite. taps: as of a Backend.
     """
 
     states: Tensor

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deploy.kernels.gpu.sampling_rows import SamplingRows
 from deploy.runtime.gpu_cache import SlotCache
 from deploy.runtime.gpu_draft import Candidates, Expansion
 from deploy.runtime.gpu_graphs import Computed
 from deploy.runtime.gpu_inputs import bucket
-from deploy.runtime.gpu_sampling import draft_candidates
+from deploy.runtime.gpu_sampling import part_of
 from deploy.runtime.sampling import SamplingParams
 from deploy.runtime.tree import TreeLimits
 
@@ -40,7 +41,6 @@ class Levels:
         sample_index: int,
     ) -> None:
         self._model, self._cache, self._end, self._width = model, cache, end, limits.width
-        self._sampling, self._sample_index = sampling, sample_index
         size = bucket(limits.width)
         assert size is not None
         self._size, self._inputs = size, model.bucket_inputs(size)
@@ -49,6 +49,7 @@ class Levels:
         cache.reserve(end + num_levels)
         self._prepared = self._prepare(cache.index(sequence), num_levels)
         device = model.device.torch_device
+        self._sampling = self._sampled(num_levels, sampling, sample_index)
         self._ancestors = torch.empty((1, 0), dtype=torch.int32, device=device)
         self._states = torch.empty((1, 0), device=device)
         self._path = _path(cache, sampling, device)
@@ -73,6 +74,13 @@ class Levels:
         stacked = np.stack(packed) if packed else np.empty((0, 0), dtype=np.int32)
         return torch.from_numpy(stacked).to(self._model.device.torch_device)
 
+    def _sampled(self, num_levels: int, sampling: SamplingParams, sample_index: int) -> SamplingRows:
+        """How the text's last row is sampled, and behind it the rows of each level."""
+        first = self._end - 1 + self._model.drafted_offset
+        positions = [first] + [first + 1 + level for level in range(num_levels) for _ in range(self._width)]
+        count = len(positions)
+        return SamplingRows.of([sampling] * count, [sample_index] * count, positions, self._model.device.torch_device)
+
     def _slots_of(self, level: int) -> Sequence[int]:
         return self._slots[level * self._width : (level + 1) * self._width]
 
@@ -80,7 +88,7 @@ class Levels:
         """Candidates behind the last row of a forward."""
         self._states = computed.states[-1:].clone()
         assert computed.logits is not None
-        return self._candidates(computed.logits[-1:], self._end)
+        return self._candidates(computed.logits[-1:], 0)
 
     def expand(self, expansion: Expansion) -> Candidates:
         """Candidates behind each row of a level."""
@@ -98,20 +106,19 @@ class Levels:
         if self._path is not None:
             self._path = torch.cat((self._path[expansion.parents], expansion.tokens[:, None]), dim=1)
         assert computed.logits is not None
-        return self._candidates(computed.logits, self._end + level + 1)
+        return self._candidates(computed.logits, 1 + level * self._width)
 
-    def _candidates(self, logits: Tensor, length: int) -> Candidates:
-        """length: rows of the path that they follow."""
-        return draft_candidates(
-            self._model.device.ops,
-            logits,
-            self._width,
-            self._sampling,
-            self._sample_index,
-            position=length - 1 + self._model.drafted_offset,
-            path=self._path,
-            head_ids=self._model.head_ids,
+    def _candidates(self, logits: Tensor, first: int) -> Candidates:
+        """first: of these rows, among those that are sampled."""
+        rows = part_of(self._sampling, first, first + len(logits))
+        path = length = None
+        if self._path is not None:
+            path = self._path.to(torch.int32)
+            length = torch.full((len(path),), path.shape[1], dtype=torch.int32, device=path.device)
+        tokens, scores = self._model.device.ops.candidates(
+            logits.contiguous(), rows, self._width, path, length, self._model.head_ids
         )
+        return Candidates(tokens.to(torch.int64), scores)
 
 
 def _path(cache: SlotCache, sampling: SamplingParams, device: torch.device) -> Tensor | None:

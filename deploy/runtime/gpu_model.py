@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deploy.formats.architectures import ModelShape
+from deploy.kernels.gpu.sampling_rows import SamplingRows
 from deploy.kernels.rope import rope_tables
 from deploy.runtime.backend import SEQUENCE_END, Row
 from deploy.runtime.drafts import fit_draft
@@ -23,7 +24,8 @@ from deploy.runtime.gpu_graphs import Computed, Graphs
 from deploy.runtime.gpu_inputs import BUCKETS, MOST_ANCESTORS, RowInputs, bucket
 from deploy.runtime.gpu_levels import Levels
 from deploy.runtime.gpu_ops import Ops
-from deploy.runtime.gpu_weights import num_bytes
+from deploy.runtime.gpu_sampling import greedy_rows
+from deploy.runtime.gpu_weights import Matrix16, num_bytes
 from deploy.runtime.sampling import SamplingParams, not_finite
 from deploy.runtime.tree import Draft, TreeLimits
 
@@ -66,6 +68,7 @@ class GpuModel(ABC):
         self._context = Context(device.ops, shape, self._cache, cosine, sine, device.dtype)
         self._graphs = Graphs(device.torch_device)
         self._buckets: dict[int, RowInputs] = {}
+        self._greedy: dict[int, SamplingRows] = {}
 
     @property
     def shape(self) -> ModelShape:
@@ -182,6 +185,14 @@ class GpuModel(ABC):
     def _new_inputs(self, num_rows: int, num_ancestors: int) -> RowInputs:
         width = self._shape.hidden_size if self._num_states else 0
         return RowInputs(num_rows, num_ancestors, self.device.torch_device, state_width=width)
+
+    def head(self, normed: Tensor, matrix: Matrix16) -> tuple[Tensor, Tensor]:
+        """Logits fp32 [rows, head] and greedy tokens int32 [rows] of what the final norm gives."""
+        ops = self.device.ops
+        logits = ops.linear(normed, matrix, torch.float32)
+        if len(logits) not in self._greedy:
+            self._greedy[len(logits)] = greedy_rows(len(logits), logits.device)
+        return logits, ops.sample(logits, self._greedy[len(logits)], None, None, self.head_ids)
 
     @property
     @abstractmethod

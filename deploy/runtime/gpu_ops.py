@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deploy.kernels.gpu import attention, embedding, linear16, rms_norm, rope_cache, silu_mul, w4a16
+from deploy.kernels.gpu import attention, embedding, linear16, rms_norm, rope_cache, sampling, silu_mul, w4a16
 from deploy.runtime.gpu_weights import Matrix16
 
 
@@ -30,6 +30,8 @@ class Ops:
     rope_cache: Callable[..., Any]
     attention: Callable[..., Tensor]
     embedding: Callable[..., Tensor]
+    sample: Callable[..., Tensor]
+    candidates: Callable[..., tuple[Tensor, Tensor]]
 
     def linear(self, x: Tensor, matrix: Any, out_dtype: torch.dtype | None = None) -> Tensor:
         """x [rows, in] times a packed or a 16-bit matrix: [rows, out] of `out_dtype`, by default that of x."""
@@ -50,6 +52,8 @@ def triton_ops() -> Ops:
         rope_cache=rope_cache.rope_cache,
         attention=attention.attention,
         embedding=embedding.embedding,
+        sample=sampling.sample,
+        candidates=sampling.candidates,
     )
 
 
@@ -65,4 +69,6 @@ def reference_ops() -> Ops:
         rope_cache=rope_cache.rope_cache_reference,
         attention=attention.attention_reference,
         embedding=embedding.embedding_reference,
+        sample=sampling.sample_reference,
+        candidates=sampling.candidates_reference,
     )
