@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import typing
-
 import torch
 import triton
 import triton.language as tl
@@ -19,16 +17,16 @@ MAX_INPUTS = (2**31 - 1) // (128 * 127)
 
 @triton.jit
 def store_scaled(
-    acc: typing.Any,
-    row_scale_ptr: typing.Any,
-    out_scale_ptr: typing.Any,
-    bias_ptr: typing.Any,
-    out_ptr: typing.Any,
-    n: typing.Any,
-    m: typing.Any,
-    num_rows: typing.Any,
-    num_out: typing.Any,
-    row_scale_stride: typing.Any,
+    acc: tl.tensor,
+    row_scale_ptr: tl.tensor,
+    out_scale_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    n: tl.tensor,
+    m: tl.tensor,
+    num_rows: tl.tensor,
+    num_out: tl.tensor,
+    row_scale_stride: tl.tensor,
     IS_PARTIAL: tl.constexpr,
 ) -> None:
     """Write int32 sums [outputs n, rows m]: as they are where partial, else times both scales, plus bias."""

@@ -2,12 +2,11 @@
 
 Seen with Triton 3.9: a dot of bfloat16 operands multiplies their bit patterns; a conversion from float32 to bfloat16
 cuts off instead of rounding; a scalar condition & a block's is no mask. For the first two, kernels convert by
-`round_to` and take operands of dots through `operand`: interpreted, bfloat16 numbers are then equal float32.
+`round_to` and load operands of dots through `operand`: interpreted, bfloat16 numbers are then float32 ones of the same
+value.
 """
 
 from __future__ import annotations
-
-import typing
 
 import triton
 import triton.language as tl
@@ -17,7 +16,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def round_to(x: typing.Any, dtype: tl.constexpr) -> typing.Any:
+def round_to(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """x (fp32) rounded to `dtype`, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
@@ -28,7 +27,7 @@ def round_to(x: typing.Any, dtype: tl.constexpr) -> typing.Any:
 
 
 @triton.jit
-def operand(x: typing.Any) -> typing.Any:
+def operand(x: tl.tensor) -> tl.tensor:
     """x as loaded, to be multiplied by what `round_to` gives."""
     if INTERPRETED and x.dtype == tl.bfloat16:
         return x.to(tl.float32)

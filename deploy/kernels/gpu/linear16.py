@@ -6,8 +6,6 @@ docs/numerics.md, `bf16`: products are exact and summed in fp32, in an order tha
 
 from __future__ import annotations
 
-import typing
-
 import torch
 import triton
 import triton.language as tl
@@ -30,13 +28,13 @@ TILES = {bucket: Tile(16, 64, 4, 4) for bucket in DECODE_BUCKETS if bucket <= 16
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _kernel(
-    x_ptr: typing.Any,
-    weight_ptr: typing.Any,
-    bias_ptr: typing.Any,
-    out_ptr: typing.Any,
-    num_rows: typing.Any,
-    num_out: typing.Any,
-    num_in: typing.Any,
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    num_out: tl.tensor,
+    num_in: tl.tensor,
     STEP: tl.constexpr,
     NUM_STEPS: tl.constexpr,
     NUM_PARTS: tl.constexpr,

@@ -10,7 +10,6 @@ adds them in the same order.
 
 from __future__ import annotations
 
-import typing
 from dataclasses import dataclass
 
 import torch
@@ -69,14 +68,14 @@ def plan_launch(tile: Tile, num_steps: int, out: Tensor, dtype: torch.dtype) -> 
 
 @triton.jit
 def _reduce_kernel(
-    partial_ptr: typing.Any,
-    row_scale_ptr: typing.Any,
-    out_scale_ptr: typing.Any,
-    bias_ptr: typing.Any,
-    out_ptr: typing.Any,
-    num_rows: typing.Any,
-    num_out: typing.Any,
-    row_scale_stride: typing.Any,
+    partial_ptr: tl.tensor,
+    row_scale_ptr: tl.tensor,
+    out_scale_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    num_out: tl.tensor,
+    row_scale_stride: tl.tensor,
     NUM_SPLITS: tl.constexpr,
     IS_SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,

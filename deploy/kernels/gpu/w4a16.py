@@ -6,7 +6,6 @@ the layer's shape alone. Bias is added in fp32, before the result is rounded.
 
 from __future__ import annotations
 
-import typing
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,7 +103,7 @@ def pack_w4(
 
 
 @triton.jit
-def _centred(octets: typing.Any, zero: typing.Any, dtype: tl.constexpr) -> typing.Any:
+def _centred(octets: tl.tensor, zero: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """code − zero in `dtype` (fp32 where bfloat16 is interpreted), exact; both uint8 below 16.
 
     Below the exponent of 1024 (fp16) or 128 (bf16), a code is the last bits of a number's own: an OR and a subtraction
@@ -119,7 +118,7 @@ def _centred(octets: typing.Any, zero: typing.Any, dtype: tl.constexpr) -> typin
 
 
 @triton.jit
-def _scaled(centred: typing.Any, scale: typing.Any, minimum: typing.Any, dtype: tl.constexpr) -> typing.Any:
+def _scaled(centred: tl.tensor, scale: tl.tensor, minimum: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """scale · centred (+ minimum) computed in fp32 and rounded to `dtype`.
 
     A product of two 16-bit numbers that is rounded once may as well be computed in 16 bits.
@@ -134,24 +133,24 @@ def _scaled(centred: typing.Any, scale: typing.Any, minimum: typing.Any, dtype: 
 
 @triton.jit
 def _sum_of_steps(
-    x_ptr: typing.Any,
-    codes_ptr: typing.Any,
-    scale_ptr: typing.Any,
-    zero_ptr: typing.Any,
-    minimum_ptr: typing.Any,
-    n: typing.Any,
-    m: typing.Any,
-    num_rows: typing.Any,
-    num_out: typing.Any,
-    num_in: typing.Any,
-    num_groups: typing.Any,
-    first_group: typing.Any,
+    x_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    zero_ptr: tl.tensor,
+    minimum_ptr: tl.tensor,
+    n: tl.tensor,
+    m: tl.tensor,
+    num_rows: tl.tensor,
+    num_out: tl.tensor,
+    num_in: tl.tensor,
+    num_groups: tl.tensor,
+    first_group: tl.tensor,
     GROUP: tl.constexpr,
     GROUPS_PER_STEP: tl.constexpr,
     NUM_STEPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
-) -> typing.Any:
+) -> tl.tensor:
     """fp32 [BLOCK_OUT, BLOCK_ROWS]: the sum over NUM_STEPS steps from `first_group` on."""
     HALF: tl.constexpr = GROUP // 2
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -184,17 +183,17 @@ def _sum_of_steps(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _kernel(
-    x_ptr: typing.Any,
-    codes_ptr: typing.Any,
-    scale_ptr: typing.Any,
-    zero_ptr: typing.Any,
-    minimum_ptr: typing.Any,
-    bias_ptr: typing.Any,
-    out_ptr: typing.Any,
-    num_rows: typing.Any,
-    num_out: typing.Any,
-    num_in: typing.Any,
-    num_groups: typing.Any,
+    x_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    zero_ptr: tl.tensor,
+    minimum_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    num_out: tl.tensor,
+    num_in: tl.tensor,
+    num_groups: tl.tensor,
     GROUP: tl.constexpr,
     GROUPS_PER_STEP: tl.constexpr,
     NUM_STEPS: tl.constexpr,

@@ -6,7 +6,6 @@ activations are `quantize_rows` or `quantize_static` of w8a8.py with bits=4, and
 
 from __future__ import annotations
 
-import typing
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,16 +59,16 @@ def pack_w4_channel(weight: GroupedInt, device: torch.device | str, bias: Tensor
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _kernel(
-    x_ptr: typing.Any,
-    codes_ptr: typing.Any,
-    row_scale_ptr: typing.Any,
-    out_scale_ptr: typing.Any,
-    bias_ptr: typing.Any,
-    out_ptr: typing.Any,
-    num_rows: typing.Any,
-    num_out: typing.Any,
-    num_in: typing.Any,
-    row_scale_stride: typing.Any,
+    x_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    row_scale_ptr: tl.tensor,
+    out_scale_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    num_out: tl.tensor,
+    num_in: tl.tensor,
+    row_scale_stride: tl.tensor,
     STEP: tl.constexpr,
     NUM_STEPS: tl.constexpr,
     IS_PARTIAL: tl.constexpr,

@@ -6,7 +6,6 @@ largest value, or one for all, fixed by calibration. Sums are exact 32-bit integ
 
 from __future__ import annotations
 
-import typing
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,11 +50,11 @@ def pack_w8(weight: GroupedInt, device: torch.device | str, bias: Tensor | None 
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr: typing.Any,
-    static_scale_ptr: typing.Any,
-    codes_ptr: typing.Any,
-    scale_ptr: typing.Any,
-    num_in: typing.Any,
+    x_ptr: tl.tensor,
+    static_scale_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    num_in: tl.tensor,
     LIMIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -125,16 +124,16 @@ def quantize_static_reference(x: Tensor, scale: Tensor, bits: int = 8) -> tuple[
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _kernel(
-    x_ptr: typing.Any,
-    weight_ptr: typing.Any,
-    row_scale_ptr: typing.Any,
-    out_scale_ptr: typing.Any,
-    bias_ptr: typing.Any,
-    out_ptr: typing.Any,
-    num_rows: typing.Any,
-    num_out: typing.Any,
-    num_in: typing.Any,
-    row_scale_stride: typing.Any,
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    row_scale_ptr: tl.tensor,
+    out_scale_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    num_out: tl.tensor,
+    num_in: tl.tensor,
+    row_scale_stride: tl.tensor,
     STEP: tl.constexpr,
     NUM_STEPS: tl.constexpr,
     IS_PARTIAL: tl.constexpr,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import typing
-
 import pytest
 import torch
 import triton
@@ -13,13 +11,13 @@ from deploy.kernels.gpu.interpreter import operand, round_to
 
 
 @triton.jit
-def _round_kernel(x_ptr: typing.Any, y_ptr: typing.Any, COUNT: tl.constexpr) -> None:
+def _round_kernel(x_ptr: tl.tensor, y_ptr: tl.tensor, COUNT: tl.constexpr) -> None:
     i = tl.arange(0, COUNT)
     tl.store(y_ptr + i, round_to(tl.load(x_ptr + i), y_ptr.dtype.element_ty))
 
 
 @triton.jit
-def _dot_kernel(a_ptr: typing.Any, b_ptr: typing.Any, y_ptr: typing.Any) -> None:
+def _dot_kernel(a_ptr: tl.tensor, b_ptr: tl.tensor, y_ptr: tl.tensor) -> None:
     i, k = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
     tl.store(y_ptr + i * 16 + k, tl.dot(operand(tl.load(a_ptr + i * 16 + k)), operand(tl.load(b_ptr + i * 16 + k))))
 
