@@ -8,8 +8,6 @@ value.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -18,7 +16,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def round_to(x: Any, dtype: tl.constexpr) -> Any:
+def round_to(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """x (fp32) rounded to `dtype`, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
@@ -29,7 +27,7 @@ def round_to(x: Any, dtype: tl.constexpr) -> Any:
 
 
 @triton.jit
-def operand(x: Any) -> Any:
+def operand(x: tl.tensor) -> tl.tensor:
     """x as loaded, to be multiplied by what `round_to` gives."""
     if INTERPRETED and x.dtype == tl.bfloat16:
         return x.to(tl.float32)
