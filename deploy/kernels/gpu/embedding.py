@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +12,9 @@ BLOCK, NUM_WARPS = 1024, 4
 
 
 @triton.jit
-def _embedding_kernel(tokens_ptr: Any, weight_ptr: Any, out_ptr: Any, n: Any, BLOCK: tl.constexpr) -> None:
+def _embedding_kernel(
+    tokens_ptr: tl.tensor, weight_ptr: tl.tensor, out_ptr: tl.tensor, n: tl.tensor, BLOCK: tl.constexpr
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(tokens_ptr + row).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -30,7 +30,9 @@ def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
     """
     rows, n = tokens.shape[0], weight.shape[1]
     out = torch.empty(rows, n, dtype=torch.float32, device=weight.device)
-    _embedding_kernel[(rows, triton.cdiv(n, BLOCK))](tokens, weight, out, n, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    _embedding_kernel[(rows, triton.cdiv(n, BLOCK))](
+        tokens, weight, out, n, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False
+    )
     return out
 
 

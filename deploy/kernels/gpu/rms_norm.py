@@ -6,8 +6,6 @@ decides, so a row's result never depends on the rows beside it.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +18,7 @@ CONFIGS = {512: 1, 1024: 2, 4096: 4, 16384: 8}
 
 
 @triton.jit
-def inverse_rms(squares: Any, n: Any, eps: Any) -> Any:
+def inverse_rms(squares: tl.tensor, n: tl.tensor, eps: tl.tensor) -> tl.tensor:
     """1 / √(squares / n + eps), with IEEE division and square root; squares: sum over n elements."""
     mean = tl.div_rn(squares, n * 1.0)
     return tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
@@ -28,12 +26,12 @@ def inverse_rms(squares: Any, n: Any, eps: Any) -> Any:
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr: Any,
-    delta_ptr: Any,
-    weight_ptr: Any,
-    out_ptr: Any,
-    n: Any,
-    eps: Any,
+    x_ptr: tl.tensor,
+    delta_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    n: tl.tensor,
+    eps: tl.tensor,
     HAS_DELTA: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:

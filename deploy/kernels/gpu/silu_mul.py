@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +14,7 @@ BLOCK, NUM_WARPS = 1024, 4
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up_ptr: Any, out_ptr: Any, inter: Any, BLOCK: tl.constexpr) -> None:
+def _silu_mul_kernel(gate_up_ptr: tl.tensor, out_ptr: tl.tensor, inter: tl.tensor, BLOCK: tl.constexpr) -> None:
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < inter
@@ -35,7 +33,9 @@ def silu_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     rows, inter = gate_up.shape[0], gate_up.shape[1] // 2
     if out is None:
         out = gate_up.new_empty(rows, inter)
-    _silu_mul_kernel[(rows, triton.cdiv(inter, BLOCK))](gate_up, out, inter, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    _silu_mul_kernel[(rows, triton.cdiv(inter, BLOCK))](
+        gate_up, out, inter, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False
+    )
     return out
 
 
