@@ -1,13 +1,7 @@
 """Devices for tests of the GPU backend, and rows to give it."""
 
-import os
-
 import numpy as np
 import torch
-
-# Before triton is imported: what is decorated afterwards is interpreted.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 from deploy.runtime import devices, gpu_device
 from deploy.runtime.backend import Row
@@ -23,9 +17,10 @@ def torch_device(dtype=torch.bfloat16):
     return Device(torch.device("cpu"), dtype, reference_ops(), FACTS)
 
 
-def interpreted_device(dtype=torch.bfloat16):
-    """CPU tensors, Triton's kernels in its interpreter: slow."""
-    return Device(torch.device("cpu"), dtype, triton_ops(), FACTS)
+def kernel_device(dtype=torch.bfloat16):
+    """Triton's kernels, on the GPU where there is one; else on CPU tensors in its interpreter: slow."""
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    return Device(torch.device(where), dtype, triton_ops(), FACTS)
 
 
 def pretend_gpu(monkeypatch, device):
