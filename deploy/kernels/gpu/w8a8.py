@@ -88,7 +88,17 @@ def _quantize(x: Tensor, static_scale: Tensor | None, bits: int) -> tuple[Tensor
     codes = torch.empty((rows, num_in), dtype=torch.int8, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device) if static_scale is None else static_scale
     limit = (1 << (bits - 1)) - 1
-    _quantize_kernel[(rows,)](x, static_scale, codes, scale, num_in, LIMIT=limit, BLOCK=_QUANTIZE_BLOCK, num_warps=4)
+    _quantize_kernel[(rows,)](
+        x,
+        static_scale,
+        codes,
+        scale,
+        num_in,
+        LIMIT=limit,
+        BLOCK=_QUANTIZE_BLOCK,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
     return codes, scale
 
 
