@@ -122,6 +122,7 @@ def reduce_partials(
         HAS_BIAS=bias is not None,
         BLOCK=_REDUCE_BLOCK,
         num_warps=4,
+        enable_fp_fusion=False,
     )
     return out
 

@@ -56,6 +56,7 @@ def _quantize_kernel(
     scale_ptr: tl.tensor,
     num_in: tl.tensor,
     LIMIT: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
@@ -64,20 +65,21 @@ def _quantize_kernel(
         inverse = tl.div_rn(1.0, tl.load(static_scale_ptr))
     else:
         largest = tl.zeros([BLOCK], tl.float32)
-        for first in range(0, num_in, BLOCK):
-            x = tl.load(x_ptr + row * num_in + first + i, mask=first + i < num_in, other=0.0)
+        for block in range(NUM_BLOCKS):
+            x = tl.load(x_ptr + row * num_in + block * BLOCK + i, mask=block * BLOCK + i < num_in, other=0.0)
             largest = tl.maximum(largest, tl.abs(x.to(tl.float32)))
         absmax = tl.max(largest, axis=0)
         # Below 2^-100, whose inverse could overflow, all codes are 0 (docs/numerics.md).
         divisor = tl.where(absmax < 2.0**-100, float("inf"), absmax)
         inverse = tl.div_rn(LIMIT * 1.0, divisor)
         tl.store(scale_ptr + row, tl.where(absmax < 2.0**-100, 0.0, tl.div_rn(absmax, LIMIT * 1.0)))
-    for first in range(0, num_in, BLOCK):
-        x = tl.load(x_ptr + row * num_in + first + i, mask=first + i < num_in, other=0.0).to(tl.float32)
+    for block in range(NUM_BLOCKS):
+        mask = block * BLOCK + i < num_in
+        x = tl.load(x_ptr + row * num_in + block * BLOCK + i, mask=mask, other=0.0).to(tl.float32)
         bounded = tl.minimum(tl.maximum(x * inverse, -LIMIT * 1.0), LIMIT * 1.0)
         # Adding 1.5·2^23 leaves no bits for fractions, and rounds ties to even.
         rounded = (bounded + 12582912.0) - 12582912.0
-        tl.store(codes_ptr + row * num_in + first + i, rounded.to(tl.int8), mask=first + i < num_in)
+        tl.store(codes_ptr + row * num_in + block * BLOCK + i, rounded.to(tl.int8), mask=mask)
 
 
 def _quantize(x: Tensor, static_scale: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
@@ -88,7 +90,18 @@ def _quantize(x: Tensor, static_scale: Tensor | None, bits: int) -> tuple[Tensor
     codes = torch.empty((rows, num_in), dtype=torch.int8, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device) if static_scale is None else static_scale
     limit = (1 << (bits - 1)) - 1
-    _quantize_kernel[(rows,)](x, static_scale, codes, scale, num_in, LIMIT=limit, BLOCK=_QUANTIZE_BLOCK, num_warps=4)
+    _quantize_kernel[(rows,)](
+        x,
+        static_scale,
+        codes,
+        scale,
+        num_in,
+        LIMIT=limit,
+        NUM_BLOCKS=triton.cdiv(num_in, _QUANTIZE_BLOCK),
+        BLOCK=_QUANTIZE_BLOCK,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
     return codes, scale
 
 

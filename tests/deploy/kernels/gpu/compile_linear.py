@@ -1,14 +1,16 @@
-"""Compile every launch of the linear kernels for compute capability 9.0, which takes no GPU; print what came out.
+"""Compile every launch of the linear kernels for a GPU, which takes none; print what came out.
 
-    python -m tests.deploy.kernels.gpu.hopper
+    python -m tests.deploy.kernels.gpu.compile_linear CAPABILITY        (90: an H100)
 
-One line a launch, tab-separated: name, dot instruction, bytes of registers spilled. Must run without TRITON_INTERPRET.
+One line a launch, tab-separated: name, instruction of its dots, bytes of registers spilled, bytes of shared memory.
+Must run without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -35,6 +37,7 @@ POINTERS = {
     torch.uint8: "*u8",
     torch.int32: "*i32",
 }
+CAPABILITY = int(sys.argv[1])
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
@@ -59,7 +62,7 @@ class Recorder:
                     divisible[(index,)] = [["tt.divisibility", 16]]
         signature |= dict.fromkeys(constants, "constexpr")
         source = ASTSource(self.kernel, {n: signature[n] for n in self.kernel.arg_names}, constants, divisible)
-        self.compiled.append(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options))
+        self.compiled.append(triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options))
 
 
 def spilled(compiled: Any) -> int:
@@ -80,7 +83,7 @@ def report(name: str, module: ModuleType, attribute: str, call: Callable[[], obj
     for compiled in recorder.compiled:
         ptx = compiled.asm["ptx"]
         dot = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "none"
-        print(name, dot, spilled(compiled), sep="\t", flush=True)
+        print(name, dot, spilled(compiled), compiled.metadata.shared, sep="\t", flush=True)
 
 
 def grouped(num_in: int, group_size: int, bits: int, form: str = "symmetric") -> GroupedInt:
