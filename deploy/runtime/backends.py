@@ -37,7 +37,7 @@ def open_backend(
         from deploy.runtime.gpu_backend import GpuBackend
         from deploy.runtime.gpu_device import open_device
 
-        return GpuBackend(directory, open_device(), head_ids=head_ids)
+        return GpuBackend.open(directory, open_device(), head_ids=head_ids)
     if name == "reference-int8" or name == "reference-bf16":
         from deploy.kernels.reference.model import ReferenceBackend
 
@@ -63,5 +63,5 @@ def open_head(head: EagleDirectory, above: Backend, *, threads: int | None = Non
     if isinstance(above, GpuBackend):
         from deploy.runtime.gpu_eagle import GpuEagle
 
-        return GpuEagle(head, above)
+        return GpuEagle.open(head, above)
     raise ValueError(f"no EAGLE head runs on a {type(above).__name__}")

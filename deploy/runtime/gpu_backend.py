@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from deploy.formats.architectures import ModelShape
 from deploy.formats.model_dir import ModelDirectory
 from deploy.runtime.backend import Forward, ForwardTokens, Row, check_rows, per_row
 from deploy.runtime.gpu_forward import Stream, run_layers, write_chain
@@ -26,23 +27,28 @@ class GpuBackend(GpuModel):
     """Backend (see deploy/runtime/backend.py) and DraftModel (deploy/runtime/drafters/base.py) on a device.
 
     A row's result does not depend on its bucket nor on the rows beside it; from the reference's `bf16` form it differs
-    within the tolerance of docs/numerics.md. head_ids: as of CpuBackend. Raises ValueError for what is not supported.
+    within the tolerance of docs/numerics.md. weights: on the device.
     """
 
-    def __init__(
-        self,
+    def __init__(self, shape: ModelShape, weights: LanguageModel, device: Device) -> None:
+        super().__init__(device, shape, weights, weights.head_ids)
+        self.weights = weights
+
+    @classmethod
+    def open(
+        cls,
         directory: ModelDirectory | str | Path,
         device: Device,
         *,
         head_ids: Sequence[int] | npt.NDArray[np.int64] | None = None,
-    ) -> None:
+    ) -> GpuBackend:
+        """A model of a directory. head_ids: as of CpuBackend. Raises ValueError for what is not supported."""
         opened = directory if isinstance(directory, ModelDirectory) else ModelDirectory.open(directory)
         shape = opened.shape
         ids = None if head_ids is None else np.ascontiguousarray(head_ids, dtype=np.int64)
         if ids is not None and (not ids.size or ids[0] < 0 or ids[-1] >= shape.vocab_size or (np.diff(ids) <= 0).any()):
             raise ValueError(f"head_ids must ascend and lie in 0 … {shape.vocab_size - 1}")
-        self.weights: LanguageModel = load_language_model(opened, device.ops, device.torch_device, device.dtype, ids)
-        super().__init__(device, shape, self.weights, self.weights.head_ids)
+        return cls(shape, load_language_model(opened, device.ops, device.torch_device, device.dtype, ids), device)
 
     @property
     def feature_layers(self) -> tuple[int, ...]:

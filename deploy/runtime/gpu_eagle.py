@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deploy.formats.eagle_config import EagleConfig
 from deploy.formats.speculators import EagleDirectory
 from deploy.runtime.gpu_backend import GpuBackend
 from deploy.runtime.gpu_forward import Stream, run_layer, write_chain
@@ -12,21 +13,25 @@ from deploy.runtime.gpu_graphs import Computed
 from deploy.runtime.gpu_inputs import RowInputs
 from deploy.runtime.gpu_loader import load_eagle
 from deploy.runtime.gpu_model import Float32, GpuModel
+from deploy.runtime.gpu_weights import Head
 
 
 class GpuEagle(GpuModel):
     """DraftModel (see deploy/runtime/drafters/base.py): docs/numerics.md, *EAGLE head*, in its `bf16` form.
 
-    target: whose embedding it reads, unless the head has a copy. Raises ValueError for a head that does not fit.
+    weights: on the device of the target, whose embedding it reads unless the head has a copy.
     """
 
-    def __init__(self, head: EagleDirectory, target: GpuBackend) -> None:
+    def __init__(self, config: EagleConfig, weights: Head, target: GpuBackend) -> None:
+        super().__init__(target.device, config.layer, weights, weights.head_ids, len(config.feature_layers))
+        self.weights, self._config, self._target = weights, config, target
+
+    @classmethod
+    def open(cls, head: EagleDirectory, target: GpuBackend) -> GpuEagle:
+        """A head of a directory. Raises ValueError for one that does not fit the target."""
         head.config.check_target(target.shape)
-        self._target, self._config = target, head.config
         device = target.device
-        self.weights = load_eagle(head, device.ops, device.torch_device, device.dtype)
-        num_states = len(head.config.feature_layers)
-        super().__init__(device, head.config.layer, self.weights, self.weights.head_ids, num_states)
+        return cls(head.config, load_eagle(head, device.ops, device.torch_device, device.dtype), target)
 
     @property
     def feature_layers(self) -> tuple[int, ...]:

@@ -38,8 +38,9 @@ class Config:
 
 
 # Longest head → configuration, for every bucket: where a part ends and how it is computed must be the same in all, or a
-# row's last bits would depend on its bucket. With parts of 512 a context of 8192 is 16 programs a key/value head.
-CONFIGS = {64: Config(512, 2, 3), 128: Config(512, 4, 3), 256: Config(512, 8, 2)}
+# row's last bits would depend on its bucket. With parts of 512 a context of 8192 is 16 programs a key/value head. Not
+# measured: chosen so that no program spills registers (heads of 128 would, with 3 stages, in prefill).
+CONFIGS = {64: Config(512, 2, 3), 128: Config(512, 4, 2), 256: Config(512, 8, 2)}
 # Calls of more rows (prefill) merge as they go: a workspace of all their parts would be hundreds of megabytes.
 MAX_ROWS_SPLIT = 64
 

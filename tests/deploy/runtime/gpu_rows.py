@@ -70,8 +70,9 @@ def path_to(rows, index):
     return path
 
 
-LARGEST, MEAN = 0.15, 0.02
-"""Tolerances on tiny random models, in standard deviations of the logits: about twice the largest seen."""
+LARGEST, MEAN = 0.3, 0.02
+"""Tolerances on tiny random models, in standard deviations of the logits: about twice the largest seen. (Where it was
+seen, rounding inputs or not moves the reference itself by 0.85: an attention that a few positions share unevenly.)"""
 
 
 def assert_near(found, expected):
@@ -80,6 +81,6 @@ def assert_near(found, expected):
     assert error.max() <= LARGEST * spread
     assert error.mean() <= MEAN * spread
     best = np.sort(expected, axis=1)[:, -2:]
-    is_clear = best[:, 1] - best[:, 0] > 2 * LARGEST * spread
+    is_clear = best[:, 1] - best[:, 0] > LARGEST * spread
     np.testing.assert_array_equal(found.argmax(axis=1)[is_clear], expected.argmax(axis=1)[is_clear])
     return int(is_clear.sum())

@@ -38,7 +38,7 @@ def reference(directory):
 
 @pytest.fixture
 def backend(directory):
-    return GpuBackend(directory, torch_device())
+    return GpuBackend.open(directory, torch_device())
 
 
 def assert_equal_forward(found, expected):
@@ -68,7 +68,7 @@ MODELS = [
 def test_logits_and_taps_are_near_the_references(tmp_path, tiny, model_type, changes, packing, dtype, form):
     config = tiny.config(model_type, **changes)
     path = tiny.model(tmp_path / "m", config, packing and tiny.Quantized(*packing), seed=5)
-    backend, reference = GpuBackend(path, torch_device(dtype)), ReferenceBackend(path, activations=form)
+    backend, reference = GpuBackend.open(path, torch_device(dtype)), ReferenceBackend(path, activations=form)
     tokens = np.random.default_rng(1).integers(0, config["vocab_size"], 75)
     num_clear = 0
     for begin, end in ((0, 41), (41, 42), (42, 75)):
@@ -157,7 +157,7 @@ def test_prefill_in_any_chunks_is_the_same(backend):
 def test_more_rows_than_one_pass_takes_are_the_same(tmp_path, tiny):
     """Hundreds of rows in one call, two sequences, one of them a tree; slots and table grow on the way."""
     path = tiny.model(tmp_path / "m", tiny.config(max_position_embeddings=800, num_hidden_layers=1), tiny.Quantized())
-    backend, rng = GpuBackend(path, torch_device()), np.random.default_rng(7)
+    backend, rng = GpuBackend.open(path, torch_device()), np.random.default_rng(7)
     tokens = rng.integers(0, VOCABULARY, 540)
     rows = [*chain(tokens), *random_tree(rng, 90, 0, sequence=1, offset=540)]
     wanted = [629, 3, 539, 3, 550, 128]
@@ -327,7 +327,7 @@ def test_rows_may_be_sampled_each_in_its_own_way(backend):
 def test_a_trimmed_head_gives_columns_of_the_whole_and_ids_of_the_target(tmp_path, tiny, tied):
     path = tiny.model(tmp_path / "m", tiny.config(tie_word_embeddings=tied), tiny.Quantized())
     ids = np.sort(np.random.default_rng(10).choice(VOCABULARY, 90, replace=False))
-    whole, trimmed = GpuBackend(path, torch_device()), GpuBackend(path, torch_device(), head_ids=ids)
+    whole, trimmed = GpuBackend.open(path, torch_device()), GpuBackend.open(path, torch_device(), head_ids=ids)
     rows = chain([3, 100, 262, 7])
     logits = whole.forward(rows).logits
     np.testing.assert_array_equal(trimmed.forward(rows).logits, logits[:, ids])
@@ -335,7 +335,7 @@ def test_a_trimmed_head_gives_columns_of_the_whole_and_ids_of_the_target(tmp_pat
     assert set(trimmed.forward_tokens(rows, SamplingParams(5.0, seed=1)).tokens) <= set(ids.tolist())
     for bad in ([], [3, 3], [5, 4], [-1, 4], [VOCABULARY]):
         with pytest.raises(ValueError, match="head_ids must ascend"):
-            GpuBackend(path, torch_device(), head_ids=bad)
+            GpuBackend.open(path, torch_device(), head_ids=bad)
 
 
 @pytest.mark.parametrize(
@@ -398,7 +398,7 @@ def test_a_weight_that_is_not_finite_names_its_layer(tmp_path, tiny):
     data[begin : begin + 2] = b"\x80\x7f"  # infinity in bfloat16
     file.write_bytes(data)
     with pytest.raises(FormatError, match=r"model\.layers\.1\.mlp\.up_proj.*not finite"):
-        GpuBackend(path, torch_device())
+        GpuBackend.open(path, torch_device())
 
 
 def test_logits_that_are_not_finite_are_refused(tmp_path, tiny):
@@ -409,7 +409,7 @@ def test_logits_that_are_not_finite_are_refused(tmp_path, tiny):
         tensors = {name: BFloat16(file.array(name).copy()) for name in file.names()}
     tensors["lm_head.weight"] = BFloat16(to_bfloat16(np.full((VOCABULARY, 96), 3e38, np.float32)))
     write_safetensors(path / "model.safetensors", tensors)
-    backend = GpuBackend(path, torch_device())
+    backend = GpuBackend.open(path, torch_device())
     for sampling in (SamplingParams(), SamplingParams(1.0)):
         with pytest.raises(ValueError, match="the logits for position 1 are not finite"):
             backend.forward_tokens([Row(1, 0)], sampling)
@@ -417,7 +417,7 @@ def test_logits_that_are_not_finite_are_refused(tmp_path, tiny):
 
 def test_its_weights_have_the_size_that_is_told(directory):
     """4-bit codes, scales, one tied embedding of 16 bits; norms in fp32."""
-    backend = GpuBackend(directory, torch_device())
+    backend = GpuBackend.open(directory, torch_device())
     numbers = sum(layer.num_out * layer.num_in for layer in linear_layers(backend.shape))
     ends = VOCABULARY * 96 * 2
     groups = numbers // 32

@@ -54,7 +54,7 @@ class Case:
         return rng.integers(0, VOCABULARY, count).tolist(), features
 
     def gpu(self):
-        return GpuEagle(self.head, GpuBackend(self.model, torch_device()))
+        return GpuEagle.open(self.head, GpuBackend.open(self.model, torch_device()))
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +162,8 @@ def test_logits_that_are_not_finite_are_refused_and_change_nothing(case, tmp_pat
     weights = case.head.weights()
     weights["lm_head.weight"] = np.float32(3e38) * np.sign(weights["lm_head.weight"])
     write_eagle(tmp_path / "h", case.head.config, weights, case.head.draft_ids, OWNER, tiny.training_record())
-    target = GpuBackend(case.model, torch_device())
-    head = GpuEagle(EagleDirectory.open(tmp_path / "h", target.shape), target)
+    target = GpuBackend.open(case.model, torch_device())
+    head = GpuEagle.open(EagleDirectory.open(tmp_path / "h", target.shape), target)
     tokens, features = case.text(300)
     for sampling in (SAMPLING[0], SAMPLING[2]):
         with pytest.raises(ValueError, match="the logits for position 301 are not finite"):
@@ -174,11 +174,11 @@ def test_logits_that_are_not_finite_are_refused_and_change_nothing(case, tmp_pat
 def test_a_head_of_another_size_is_refused(case, tmp_path, tiny):
     path = tiny.model(tmp_path / "n", tiny.config(hidden_size=128), tiny.Quantized())
     with pytest.raises(ValueError, match="hidden_size=96, but the target's is 128"):
-        GpuEagle(case.head, GpuBackend(path, torch_device()))
+        GpuEagle.open(case.head, GpuBackend.open(path, torch_device()))
 
 
 def test_a_head_is_opened_beside_its_target(case):
-    assert isinstance(open_head(case.head, GpuBackend(case.model, torch_device())), GpuEagle)
+    assert isinstance(open_head(case.head, GpuBackend.open(case.model, torch_device())), GpuEagle)
 
 
 @pytest.mark.parametrize("sampling", SAMPLING, ids=str)
@@ -186,7 +186,7 @@ def test_a_language_models_chain_is_what_it_answers(case, sampling):
     """Its draft of width one, token by token, is its own greedy or sampled continuation."""
     from deploy.runtime.backend import Row
 
-    model = GpuBackend(case.model, torch_device())
+    model = GpuBackend.open(case.model, torch_device())
     tokens, _ = case.text(9)
     draft = model.draft(0, tokens, None, TreeLimits(depth=6, width=1, num_nodes=6), sampling, 5)
     assert (model.length(0), draft.parents) == (9, (-1, 0, 1, 2, 3, 4))
@@ -202,7 +202,7 @@ def test_a_language_models_chain_is_what_it_answers(case, sampling):
 
 def test_a_trimmed_language_model_drafts_ids_of_the_target(case):
     ids = np.array([3, 7, 100, 200])
-    model = GpuBackend(case.model, torch_device(), head_ids=ids)
+    model = GpuBackend.open(case.model, torch_device(), head_ids=ids)
     tree = model.draft(0, [1, 2], None, TreeLimits(depth=3, width=6, num_nodes=20), SAMPLING[0])
     assert set(tree.tokens) <= set(ids.tolist())
     assert len(tree) == 20
@@ -210,7 +210,7 @@ def test_a_trimmed_language_model_drafts_ids_of_the_target(case):
 
 def test_states_stay_on_the_host_in_float32(case):
     """What a drafter reads of the target, whatever the device computes in."""
-    target = GpuBackend(case.model, torch_device(torch.float16))
+    target = GpuBackend.open(case.model, torch_device(torch.float16))
     from deploy.runtime.backend import Row
 
     taps = target.forward([Row(1, 0)], taps=[0, 2]).taps
