@@ -25,7 +25,7 @@ def test_the_whole_script_runs_in_the_interpreter(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "result.json").read_text())
     assert found["is_tiny"] and found["machine"]["gpu"] is None
-    assert found["tests"]["passed"] and found["linear"]["passed"]
+    assert found["tests"]["passed"] and found["tests"]["tests"] == 5 and found["linear"]["passed"]
     assert set(found["ceilings"]) == {"read_gb_s", "copy_gb_s", "matmul_tflop_s"}
     for layer in found["linear"]["layers"].values():
         assert layer["error"] < 1e-5
