@@ -42,8 +42,10 @@ class PromptsConfig:
 
 @dataclass
 class RuntimeEngineConfig:
-    """`conf/generate/engine/runtime.yaml`. num_sequences: by one forward; changes no byte of the result. device: auto, cpu
-    or gpu."""
+    """`conf/generate/engine/runtime.yaml`. num_sequences: by one forward; changes no byte of the result.
+
+    device: auto, cpu or gpu.
+    """
 
     kind: str = "runtime"
     num_sequences: int = MISSING
