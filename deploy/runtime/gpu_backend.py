@@ -48,7 +48,7 @@ class GpuBackend(GpuModel):
         ids = None if head_ids is None else np.ascontiguousarray(head_ids, dtype=np.int64)
         if ids is not None and (not ids.size or ids[0] < 0 or ids[-1] >= shape.vocab_size or (np.diff(ids) <= 0).any()):
             raise ValueError(f"head_ids must ascend and lie in 0 … {shape.vocab_size - 1}")
-        return cls(shape, load_language_model(opened, device.ops, device.torch_device, device.dtype, ids), device)
+        return cls(shape, load_language_model(opened, device.torch_device, device.dtype, ids), device)
 
     @property
     def feature_layers(self) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ class GpuEagle(GpuModel):
         """A head of a directory. Raises ValueError for one that does not fit the target."""
         head.config.check_target(target.shape)
         device = target.device
-        return cls(head.config, load_eagle(head, device.ops, device.torch_device, device.dtype), target)
+        return cls(head.config, load_eagle(head, device.torch_device, device.dtype), target)
 
     @property
     def feature_layers(self) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from deploy.runtime.gpu_cache import PADDING_SLOT, Place, SlotCache
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 """Row counts that a forward is computed with; between them, padding rows fill up."""
 MOST_ANCESTORS = 64
-"""Of a row in a bucket: no path beside the table can be longer than the rows of a call."""
+"""Of a row in a bucket: within one call no path beside the table is longer than the call's rows."""
 _FIELDS = 6
 _ALIGNMENT = 4  # integers: Triton loads whole 16 bytes where an address allows it
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +12,7 @@ from deploy.formats.errors import FormatError
 from deploy.formats.model_dir import ModelDirectory
 from deploy.formats.packed import GroupedInt
 from deploy.formats.speculators import EMBEDDING, EagleDirectory
-from deploy.runtime.gpu_ops import Ops
+from deploy.kernels.gpu.w4a16 import GROUP_SIZES, W4, pack_w4
 from deploy.runtime.gpu_weights import Head, LanguageModel, Layer, Matrix16
 
 Float32 = npt.NDArray[np.float32]
@@ -25,8 +24,8 @@ _KERNEL_BITS = 4
 class _Loader:
     """To one device and one 16-bit type."""
 
-    def __init__(self, ops: Ops, device: torch.device, dtype: torch.dtype) -> None:
-        self._ops, self._device, self._dtype = ops, device, dtype
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
 
     def vector(self, values: Float32) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
@@ -36,20 +35,21 @@ class _Loader:
         weight = torch.from_numpy(np.ascontiguousarray(values)).to(self._device).to(self._dtype)
         return Matrix16(weight, None if bias is None else self.vector(bias))
 
-    def matrix(self, parts: Sequence[Weight], biases: Sequence[Float32]) -> Any:
+    def matrix(self, parts: Sequence[Weight], biases: Sequence[Float32]) -> W4 | Matrix16:
         """Layers that read the same input, side by side: packed where all are 4-bit groups alike, else 16 bits.
 
-        8-bit groups are few and have no kernel of their own: they become 16 bits, twice their size.
+        8-bit groups have no kernel of their own: they become 16 bits, twice their size.
         """
         bias = np.concatenate(biases) if biases else None
         grouped = [part for part in parts if isinstance(part, GroupedInt)]
         forms = {(part.bits, part.group_size, part.zero_point is None) for part in grouped}
-        is_packed = len(grouped) == len(parts) and len(forms) == 1 and grouped[0].bits == _KERNEL_BITS
-        if not is_packed:
+        bits, group_size, _ = next(iter(forms), (0, 0, False))
+        has_kernel = bits == _KERNEL_BITS and group_size in GROUP_SIZES
+        if len(grouped) < len(parts) or len(forms) > 1 or not has_kernel:
             values = [part.dequantize() if isinstance(part, GroupedInt) else part for part in parts]
             return self.plain(np.concatenate(values), bias)
         joined = grouped[0] if len(grouped) == 1 else _side_by_side(grouped)
-        return self._ops.pack_w4(joined, self._device, self._dtype, None if bias is None else torch.from_numpy(bias))
+        return pack_w4(joined, self._device, self._dtype, None if bias is None else torch.from_numpy(bias))
 
 
 def _side_by_side(parts: Sequence[GroupedInt]) -> GroupedInt:
@@ -65,15 +65,15 @@ def _side_by_side(parts: Sequence[GroupedInt]) -> GroupedInt:
 
 
 def load_language_model(
-    directory: ModelDirectory, ops: Ops, device: torch.device, dtype: torch.dtype, head_ids: Ids | None = None
+    directory: ModelDirectory, device: torch.device, dtype: torch.dtype, head_ids: Ids | None = None
 ) -> LanguageModel:
     """head_ids: ascending ids that the head is cut down to. Raises FormatError naming the layer that is not usable."""
-    return _LanguageModelLoader(directory, _Loader(ops, device, dtype), device).load(head_ids)
+    return _LanguageModelLoader(directory, _Loader(device, dtype), device).load(head_ids)
 
 
-def load_eagle(head: EagleDirectory, ops: Ops, device: torch.device, dtype: torch.dtype) -> Head:
+def load_eagle(head: EagleDirectory, device: torch.device, dtype: torch.dtype) -> Head:
     """Raises FormatError naming what is not usable."""
-    to = _Loader(ops, device, dtype)
+    to = _Loader(device, dtype)
 
     def vector(name: str) -> torch.Tensor:
         return to.vector(head.float32(f"{name}.weight"))
@@ -149,7 +149,7 @@ class _LanguageModelLoader:
     def _vector(self, name: str) -> torch.Tensor:
         return self._to.vector(self._float32(f"{name}.weight"))
 
-    def _matrix(self, *names: str) -> Any:
+    def _matrix(self, *names: str) -> W4 | Matrix16:
         files = self._directory
         parts: list[Weight] = []
         for name in names:

@@ -152,7 +152,8 @@ class GpuModel(ABC):
 
         states: fp32 [len(rows), hidden], of a head.
         """
-        size = bucket(len(rows))
+        longest = max(len(place.ancestors) for place in places)
+        size = bucket(len(rows)) if longest <= MOST_ANCESTORS else None
         has_head = head_rows is None or len(head_rows) > 0
         if size is not None:
             inputs = self.bucket_inputs(size)
@@ -160,8 +161,7 @@ class GpuModel(ABC):
             if states is not None:
                 inputs.states[: len(rows)] = states
             return self.replay(size, taps, has_head=has_head).first(len(rows))
-        width = max(len(place.ancestors) for place in places)
-        inputs = self._new_inputs(len(rows), width)
+        inputs = self._new_inputs(len(rows), longest)
         inputs.fill(rows, places, self._cache)
         if states is not None:
             inputs.states.copy_(states)

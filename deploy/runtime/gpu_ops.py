@@ -21,7 +21,6 @@ from deploy.runtime.gpu_weights import Matrix16
 class Ops:
     """Signatures are those of deploy/kernels/gpu/, one file an operation."""
 
-    pack_w4: Callable[..., Any]
     linear_w4a16: Callable[..., Tensor]
     linear_16: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]
@@ -43,7 +42,6 @@ class Ops:
 def triton_ops() -> Ops:
     """Kernels: for CUDA tensors, and for CPU tensors in Triton's interpreter."""
     return Ops(
-        pack_w4=w4a16.pack_w4,
         linear_w4a16=w4a16.linear_w4a16,
         linear_16=linear16.linear_16,
         rms_norm=rms_norm.rms_norm,
@@ -60,7 +58,6 @@ def triton_ops() -> Ops:
 def reference_ops() -> Ops:
     """The same in plain torch."""
     return Ops(
-        pack_w4=w4a16.pack_w4,
         linear_w4a16=w4a16.linear_w4a16_reference,
         linear_16=linear16.linear_16_reference,
         rms_norm=rms_norm.rms_norm_reference,

@@ -20,9 +20,6 @@ class Matrix16:
     bias: torch.Tensor | None = None
 
 
-Matrix = "W4 | Matrix16"
-
-
 @dataclass(frozen=True)
 class Layer:
     """A decoder layer. Norms fp32; q, k and v are one matrix, side by side, and so are gate and up."""

@@ -263,6 +263,14 @@ def test_calls_that_continue_are_one_call(backend):
     np.testing.assert_array_equal(probe, alone[0])
 
 
+def test_a_branch_over_more_calls_than_a_bucket_has_ancestors(backend):
+    fill(backend, [1])
+    rows = [Row(2, 1), *chain(range(3, 90), 1)]
+    rows[1:] = [Row(row.token, row.position, 0, row.parent + 1 if row.parent >= 0 else -1) for row in rows[1:]]
+    whole = backend.forward(rows).logits
+    np.testing.assert_array_equal(forward_in_parts(backend, rows, range(1, len(rows) + 1)).logits, whole)
+
+
 def test_rows_that_were_kept_or_dropped_are_followed_no_more(backend):
     backend.forward([Row(1, 0, 0), Row(2, 0, 1)])
     backend.keep(0, [0])

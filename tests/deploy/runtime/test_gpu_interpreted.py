@@ -27,6 +27,9 @@ from tests.deploy.runtime.gpu_rows import (
     random_tree,
 )
 
+needs_time = pytest.mark.gpu if torch.cuda.is_available() else pytest.mark.slow
+"""Interpreted, these take minutes; on a GPU seconds."""
+
 
 def test_a_tree_behind_a_text_is_near_the_reference_and_equals_its_paths_alone(tmp_path, tiny):
     """The smallest of models, with QK norm and grouped queries."""
@@ -50,7 +53,7 @@ MODELS = [
 ]
 
 
-@pytest.mark.slow
+@needs_time
 @pytest.mark.parametrize(("model_type", "changes", "packing", "dtype"), MODELS)
 def test_all_architectures_are_near_the_reference(tmp_path, tiny, model_type, changes, packing, dtype):
     path = tiny.model(tmp_path / "m", tiny.config(model_type, **changes), packing and tiny.Quantized(*packing), seed=5)
@@ -67,7 +70,7 @@ def test_all_architectures_are_near_the_reference(tmp_path, tiny, model_type, ch
                 each.keep(0, range(21))
 
 
-@pytest.mark.slow
+@needs_time
 def test_a_row_is_the_same_in_every_bucket_and_a_tree_is_its_paths(tmp_path, tiny):
     backend = GpuBackend.open(
         tiny.model(tmp_path / "m", tiny.config("qwen3", num_hidden_layers=1), tiny.Quantized()), kernel_device()
@@ -92,7 +95,7 @@ def test_a_row_is_the_same_in_every_bucket_and_a_tree_is_its_paths(tmp_path, tin
 SAMPLED = SamplingParams(0.9, top_p=0.95, repetition_penalty=1.1, seed=4)
 
 
-@pytest.mark.slow
+@needs_time
 @pytest.mark.parametrize(
     ("mode", "sampling"), [("chain", SAMPLED), ("eagle-tree", SAMPLED), ("cascade", SamplingParams())]
 )
