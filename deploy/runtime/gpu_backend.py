@@ -16,7 +16,7 @@ from deploy.runtime.backend import Forward, ForwardTokens, Row, check_rows, per_
 from deploy.runtime.gpu_forward import Stream, run_layers, write_chain
 from deploy.runtime.gpu_graphs import Computed
 from deploy.runtime.gpu_inputs import RowInputs
-from deploy.runtime.gpu_loader import load_language_model
+from deploy.runtime.gpu_loader import load_language_model, too_large
 from deploy.runtime.gpu_model import ROWS_AT_ONCE, Device, Float32, GpuModel
 from deploy.runtime.gpu_sampling import Choice, choose
 from deploy.runtime.gpu_weights import LanguageModel
@@ -48,7 +48,11 @@ class GpuBackend(GpuModel):
         ids = None if head_ids is None else np.ascontiguousarray(head_ids, dtype=np.int64)
         if ids is not None and (not ids.size or ids[0] < 0 or ids[-1] >= shape.vocab_size or (np.diff(ids) <= 0).any()):
             raise ValueError(f"head_ids must ascend and lie in 0 … {shape.vocab_size - 1}")
-        return cls(shape, load_language_model(opened, device.torch_device, device.dtype, ids), device)
+        try:
+            weights = load_language_model(opened, device.torch_device, device.dtype, ids)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(too_large(opened.path)) from error
+        return cls(shape, weights, device)
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
@@ -131,7 +135,7 @@ class GpuBackend(GpuModel):
         wanted = range(len(rows)) if head_rows is None else head_rows
         layers = tuple(sorted(set(taps)))
         parts: list[tuple[Tensor, Tensor]] = []
-        tapped: dict[int, list[Float32]] = {layer: [] for layer in layers}
+        tapped: list[Float32] = []
         order: list[int] = []  # of `wanted`, as their logits come
         for begin in range(0, len(rows), ROWS_AT_ONCE):
             end = min(begin + ROWS_AT_ONCE, len(rows))
@@ -139,22 +143,12 @@ class GpuBackend(GpuModel):
             local = [wanted[place] - begin for place in places_here]
             computed = self._compute(rows[begin:end], places[begin:end], layers, local)
             order += places_here
-            if local:
-                parts.append(self._asked_for(computed, local))
-            for layer in layers:
-                tapped[layer].append(computed.taps[layer].cpu().numpy())
-        logits, best = self._in_order(parts, order)
-        return logits, best, {layer: np.concatenate(found) for layer, found in tapped.items()}
-
-    def _asked_for(self, computed: Computed, local: list[int]) -> tuple[Tensor, Tensor]:
-        """A forward in a bucket has logits of all its rows, a longer one of those asked for."""
-        assert computed.logits is not None
-        assert computed.best is not None
-        is_all = len(computed.logits) == len(computed.states)
-        if not is_all or local == list(range(len(computed.logits))):
-            return computed.logits, computed.best
-        index = torch.tensor(local, dtype=torch.int64).to(self.device.torch_device)
-        return computed.logits[index], computed.best[index]
+            if computed.logits is not None and computed.best is not None:
+                parts.append((computed.logits, computed.best))
+            if layers:
+                tapped.append(torch.stack([computed.taps[layer] for layer in layers]).cpu().numpy())
+        states = np.concatenate(tapped, axis=1) if tapped else ()
+        return *self._in_order(parts, order), dict(zip(layers, states, strict=True))
 
     def _in_order(self, parts: list[tuple[Tensor, Tensor]], order: list[int]) -> tuple[Tensor, Tensor]:
         if not parts:

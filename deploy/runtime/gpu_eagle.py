@@ -11,7 +11,7 @@ from deploy.runtime.gpu_backend import GpuBackend
 from deploy.runtime.gpu_forward import Stream, run_layer, write_chain
 from deploy.runtime.gpu_graphs import Computed
 from deploy.runtime.gpu_inputs import RowInputs
-from deploy.runtime.gpu_loader import load_eagle
+from deploy.runtime.gpu_loader import load_eagle, too_large
 from deploy.runtime.gpu_model import Float32, GpuModel
 from deploy.runtime.gpu_weights import Head
 
@@ -31,7 +31,11 @@ class GpuEagle(GpuModel):
         """A head of a directory. Raises ValueError for one that does not fit the target."""
         head.config.check_target(target.shape)
         device = target.device
-        return cls(head.config, load_eagle(head, device.torch_device, device.dtype), target)
+        try:
+            weights = load_eagle(head, device.torch_device, device.dtype)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(too_large(head.path)) from error
+        return cls(head.config, weights, target)
 
     @property
     def feature_layers(self) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ computed as it comes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,14 +27,20 @@ class Computed:
     best: Tensor | None
     taps: dict[int, Tensor]
 
-    def first(self, count: int) -> Computed:
-        """Of the first rows: those behind them are padding."""
-        return Computed(
-            self.states[:count],
-            None if self.logits is None else self.logits[:count],
-            None if self.best is None else self.best[:count],
-            {layer: values[:count] for layer, values in self.taps.items()},
-        )
+    def part(self, count: int, head_rows: Sequence[int] | None = None) -> Computed:
+        """Of the first `count` rows: those behind them are padding. head_rows: whose logits are wanted; None: all's."""
+        taps = {layer: values[:count] for layer, values in self.taps.items()}
+        if self.logits is None or self.best is None:
+            return Computed(self.states[:count], None, None, taps)
+        chosen = _index(range(count) if head_rows is None else head_rows, self.states.device)
+        return Computed(self.states[:count], self.logits[chosen], self.best[chosen], taps)
+
+
+def _index(rows: Sequence[int], device: torch.device) -> slice | Tensor:
+    """A view where the rows follow each other, as they nearly always do."""
+    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
+    return torch.tensor(rows, dtype=torch.int64).to(device)
 
 
 class Graphs:

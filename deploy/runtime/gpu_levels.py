@@ -100,7 +100,7 @@ class Levels:
         inputs.ancestors[:count, :level] = above
         if inputs.states.shape[1]:
             inputs.states[:count] = self._states[expansion.parents]
-        computed = self._model.replay(self._size, (), has_head=True).first(count)
+        computed = self._model.replay(self._size, (), has_head=True).part(count)
         self._ancestors = inputs.ancestors[:count, : level + 1].clone()
         self._states = computed.states.clone()
         if self._path is not None:

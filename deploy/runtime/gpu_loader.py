@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +63,11 @@ def _side_by_side(parts: Sequence[GroupedInt]) -> GroupedInt:
         parts[0].group_size,
         np.concatenate(zeros) if zeros else None,
     )
+
+
+def too_large(path: Path) -> str:
+    """Why a model's weights are not on the device."""
+    return f"{path}: its weights do not fit into the GPU's free memory; end what else uses it, or use --device cpu"
 
 
 def load_language_model(

@@ -148,7 +148,7 @@ class GpuModel(ABC):
         head_rows: Sequence[int] | None,
         states: Tensor | None = None,
     ) -> Computed:
-        """One forward of at most ROWS_AT_ONCE rows. head_rows: None: all. In a bucket all rows have logits, or none.
+        """One forward of at most ROWS_AT_ONCE rows. head_rows: those that get logits, in their order; None: all.
 
         states: fp32 [len(rows), hidden], of a head.
         """
@@ -160,7 +160,7 @@ class GpuModel(ABC):
             inputs.fill(rows, places, self._cache)
             if states is not None:
                 inputs.states[: len(rows)] = states
-            return self.replay(size, taps, has_head=has_head).first(len(rows))
+            return self.replay(size, taps, has_head=has_head).part(len(rows), head_rows)
         inputs = self._new_inputs(len(rows), longest)
         inputs.fill(rows, places, self._cache)
         if states is not None:

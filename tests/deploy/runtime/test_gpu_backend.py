@@ -170,6 +170,15 @@ def test_more_rows_than_one_pass_takes_are_the_same(tmp_path, tiny):
     np.testing.assert_array_equal(together.logits[0], decode_path(backend, [], [rows[i].token for i in last], 8)[-1])
 
 
+def test_logits_come_in_the_order_that_is_asked_for(backend):
+    """In a bucket, and beyond the last one."""
+    for count in (5, 70):
+        rows = chain(range(count))
+        whole = backend.forward(rows).logits
+        for wanted in (range(count - 1, -1, -1), [3, 1, 1], range(2, count), []):
+            np.testing.assert_array_equal(backend.forward(rows, logit_rows=list(wanted)).logits, whole[list(wanted)])
+
+
 def test_keeping_a_path_leaves_what_decoding_it_would_have_left(backend):
     """Rounds of random trees, of which chains and branches are kept."""
     rng = np.random.default_rng(8)
@@ -421,6 +430,22 @@ def test_logits_that_are_not_finite_are_refused(tmp_path, tiny):
     for sampling in (SamplingParams(), SamplingParams(1.0)):
         with pytest.raises(ValueError, match="the logits for position 1 are not finite"):
             backend.forward_tokens([Row(1, 0)], sampling)
+
+
+def test_weights_and_caches_that_do_not_fit_are_told_with_a_remedy(directory, monkeypatch):
+    def full(*_arguments, **_named):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    backend = GpuBackend.open(directory, torch_device())
+    with monkeypatch.context() as patched:
+        patched.setattr("deploy.runtime.gpu_loader.pack_w4", full)
+        with pytest.raises(MemoryError, match=r"m.*: its weights do not fit .*--device cpu"):
+            GpuBackend.open(directory, torch_device())
+        zeros = torch.zeros
+        patched.setattr(torch, "zeros", lambda *a, **n: (full if n["dtype"] == torch.float16 else zeros)(*a, **n))
+        with pytest.raises(MemoryError, match=r"a cache of 1024 tokens needs 0\.0 GiB, more than the GPU has left"):
+            for sequence in range(6):
+                fill(backend, range(100), sequence)
 
 
 def test_its_weights_have_the_size_that_is_told(directory):
