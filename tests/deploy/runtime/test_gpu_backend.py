@@ -442,7 +442,7 @@ def test_weights_and_caches_that_do_not_fit_are_told_with_a_remedy(directory, mo
         with pytest.raises(MemoryError, match=r"m.*: its weights do not fit .*--device cpu"):
             GpuBackend.open(directory, torch_device())
         zeros = torch.zeros
-        patched.setattr(torch, "zeros", lambda *a, **n: (full if n["dtype"] == torch.float16 else zeros)(*a, **n))
+        patched.setattr(torch, "zeros", lambda *a, **n: (full if n.get("dtype") == torch.float16 else zeros)(*a, **n))
         with pytest.raises(MemoryError, match=r"a cache of 1024 tokens needs 0\.0 GiB, more than the GPU has left"):
             for sequence in range(6):
                 fill(backend, range(100), sequence)
