@@ -1,0 +1,79 @@
+"""What integer products share: one scale per row of activations, one per output, and what their sums may hold."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deploy.formats.packed import GroupedInt
+from deploy.kernels.gpu.interpreter import round_to
+from deploy.kernels.gpu.operands import check_input
+
+# |weight| <= 128, |activation| <= 127: longer sums could leave 32 bits.
+MAX_INPUTS = (2**31 - 1) // (128 * 127)
+
+
+@triton.jit
+def store_scaled(
+    acc: tl.tensor,
+    row_scale_ptr: tl.tensor,
+    out_scale_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    n: tl.tensor,
+    m: tl.tensor,
+    num_rows: tl.tensor,
+    num_out: tl.tensor,
+    row_scale_stride: tl.tensor,
+    IS_PARTIAL: tl.constexpr,
+) -> None:
+    """Write int32 sums [outputs n, rows m]: as they are where partial, else times both scales, plus bias."""
+    rows = tl.program_id(2) * num_rows + m
+    out_ptrs = out_ptr + rows.to(tl.int64)[None, :] * num_out + n[:, None]
+    mask = (n < num_out)[:, None] & (m < num_rows)[None, :]
+    if IS_PARTIAL:
+        tl.store(out_ptrs, acc, mask=mask)
+    else:
+        row_scale = tl.load(row_scale_ptr + m * row_scale_stride, mask=m < num_rows, other=0.0)
+        out_scale = tl.load(out_scale_ptr + n, mask=n < num_out, other=0.0)
+        y = acc.to(tl.float32) * row_scale[None, :] * out_scale[:, None]
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + n, mask=n < num_out, other=0.0).to(tl.float32)[:, None]
+        tl.store(out_ptrs, round_to(y, out_ptr.dtype.element_ty), mask=mask)
+
+
+def check_activations(codes: Tensor, scale: Tensor, num_in: int) -> None:
+    """Raise ValueError unless codes are int8 [rows, num_in] with fp32 scales [rows], or [1] for all rows."""
+    check_input(codes, num_in, (torch.int8,))
+    if scale.dtype != torch.float32 or scale.dim() != 1 or scale.shape[0] not in (1, codes.shape[0]):
+        raise ValueError(
+            f"scale is {scale.dtype} {list(scale.shape)}; {codes.shape[0]} rows need float32 [{codes.shape[0]}], "
+            "or [1] for all of them"
+        )
+
+
+def check_per_output(weight: GroupedInt, bits: int) -> None:
+    """Raise ValueError unless `weight` has `bits` bits, one symmetric scale per output, and few enough inputs."""
+    num_in, middle = weight.shape[1], 1 << (bits - 1)
+    is_symmetric = weight.zero_point is not None and bool((weight.zero_point == middle).all())
+    if weight.bits != bits or weight.group_size != num_in or not is_symmetric:
+        raise ValueError(
+            f"a weight of {weight.bits} bits in {'symmetric' if is_symmetric else 'asymmetric'} groups of "
+            f"{weight.group_size} does not fit integer activations, which need {bits} bits and one symmetric scale "
+            f"per output (group_size={num_in}); use linear_w4a16, or dequantize it for linear_16"
+        )
+    if num_in > MAX_INPUTS:
+        raise ValueError(f"in_features={num_in} could overflow 32-bit sums; integer products take {MAX_INPUTS} at most")
+
+
+def scaled_reference(
+    codes: Tensor, scale: Tensor, weight: Tensor, out_scale: Tensor, bias: Tensor | None, out: Tensor
+) -> Tensor:
+    """codes · weightᵀ (integers [out, in]) in float64, where it is exact; scaled as the kernels do, into `out`."""
+    sums = (codes.to(torch.float64) @ weight.to(torch.float64).T).to(torch.int32)
+    y = sums.to(torch.float32) * scale[:, None] * out_scale
+    if bias is not None:
+        y += bias.to(torch.float32)
+    return out.copy_(y)
