@@ -40,15 +40,15 @@ class _Sums:
     """Squared norms and counts over the tokens so far."""
 
     def __init__(self, weight: GroupedInt, inputs: LayerInputs) -> None:
-        self.weight = torch.from_numpy(weight.dequantize())
+        self.weight = weight
         self.expand = QuantizedInputs(inputs)
         self.output = self.output_error = self.input = self.input_error = 0.0
         self.num_values = self.num_saturated = 0
 
     def add(self, x: Tensor, exact: Tensor, bias: Tensor | None) -> None:
-        quantized = self.expand(x)
+        quantized, weight = self.expand(x), torch.from_numpy(self.weight.dequantize())  # anew: all of them are a model
         self.output += float(exact.double().square().sum())
-        self.output_error += float((linear(quantized, self.weight, bias) - exact).double().square().sum())
+        self.output_error += float((linear(quantized, weight, bias) - exact).double().square().sum())
         index = self.expand.index
         held = quantized if index is None else torch.zeros_like(x).index_add_(-1, index, quantized)
         self.input += float(x.double().square().sum())
