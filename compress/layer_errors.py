@@ -4,6 +4,7 @@ A smoothed model's layers have other inputs, so they are compared on the smoothe
 norms, and with columns that take back what the norms do not do any more.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -59,7 +60,7 @@ class _Sums:
 
     def found(self) -> LayerError:
         def relative(error: float, whole: float) -> float:
-            return float(np.sqrt(error / whole)) if whole else 0.0
+            return math.sqrt(error / whole) if whole else 0.0
 
         saturation = None if self.expand.inputs.scale is None else self.num_saturated / self.num_values
         return LayerError(relative(self.output_error, self.output), relative(self.input_error, self.input), saturation)
