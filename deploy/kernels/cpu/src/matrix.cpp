@@ -85,9 +85,9 @@ class GroupedPacking : public Program {
 
   // Zero points are packed along the outputs, lowest bits first; without any the grid is symmetric.
   uint8_t zero_point(int64_t row, int64_t group, int64_t groups) const {
-    const auto* words = static_cast<const uint32_t*>(from_.minimum);
-    if (!words) return static_cast<uint8_t>(1 << (from_.bits - 1));
+    if (!from_.minimum) return static_cast<uint8_t>(1 << (from_.bits - 1));
     if (from_.is_bytes) return static_cast<const uint8_t*>(from_.minimum)[row * groups + group] ^ 0x80;
+    const auto* words = static_cast<const uint32_t*>(from_.minimum);
     const int64_t per_word = 32 / from_.bits;
     const uint32_t word = words[row / per_word * groups + group];
     return static_cast<uint8_t>(word >> (row % per_word * from_.bits) & ((1u << from_.bits) - 1));
@@ -104,13 +104,16 @@ class GroupedPacking : public Program {
       }
   }
 
+  // Bytes may lie anywhere, words only where words do.
   void pack_bytes(uint8_t* codes, int32_t column, int64_t row) const {
-    const uint32_t* words = static_cast<const uint32_t*>(from_.codes) + row * (from_.inputs / 4);
+    const uint8_t* source = static_cast<const uint8_t*>(from_.codes) + row * from_.inputs;
     const uint32_t flip = from_.is_bytes ? 0x80808080 : 0;  // code − 128 to code
     uint8_t* to = codes + column / 16 * 512 + column % 16 * 4;
     for (int32_t g = 0; g < to_.groups; ++g, to += 1024)
-      for (int32_t j = 0; j < 8; ++j) {
-        const uint32_t four = words[8 * g + j] ^ flip;
+      for (int32_t j = 0; j < 8; ++j, source += 4) {
+        uint32_t four;
+        std::memcpy(&four, source, 4);
+        four ^= flip;
         std::memcpy(to + 64 * j, &four, 4);
       }
   }

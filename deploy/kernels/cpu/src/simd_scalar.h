@@ -6,9 +6,6 @@
 #include <cstdint>
 #include <cstring>
 
-// The compiler's own limits would leave these as calls in some of the many places that use them.
-#define ALWAYS_INLINE __attribute__((always_inline)) inline
-
 namespace {
 
 struct Floats {
@@ -224,7 +221,7 @@ constexpr int32_t kByteOffset = 0;
 // Adds the integer dots of one group of 32 inputs with codes − ZERO: 2 × 16 outputs, R rows. See matrix.h for the
 // layout of the codes.
 template <int BITS, int ZERO, int R>
-ALWAYS_INLINE void accumulate_shifted(const uint8_t* codes, const int8_t* inputs, Ints (&d)[2][R]) {
+inline void accumulate_shifted(const uint8_t* codes, const int8_t* inputs, Ints (&d)[2][R]) {
   for (int t = 0; t < 2; ++t)
     for (int r = 0; r < R; ++r) {
       int32_t* sums = d[t][r].v;
@@ -241,13 +238,13 @@ ALWAYS_INLINE void accumulate_shifted(const uint8_t* codes, const int8_t* inputs
 }
 
 template <int BITS, int R>
-ALWAYS_INLINE void accumulate_group(const uint8_t* codes, const int8_t* inputs, Ints (&d)[2][R]) {
+inline void accumulate_group(const uint8_t* codes, const int8_t* inputs, Ints (&d)[2][R]) {
   accumulate_shifted<BITS, 0, R>(codes, inputs, d);
 }
 
 // The dots alone; signed codes are made signed here instead of beginning at the third argument.
 template <int BITS, bool SIGNED, int R>
-ALWAYS_INLINE void dot_group(const uint8_t* codes, const int8_t* inputs, const int32_t*, Ints (&d)[2][R]) {
+inline void dot_group(const uint8_t* codes, const int8_t* inputs, const int32_t*, Ints (&d)[2][R]) {
   for (int t = 0; t < 2; ++t)
     for (int r = 0; r < R; ++r) d[t][r] = set1_ints(0);
   accumulate_shifted<BITS, SIGNED ? 128 : 0, R>(codes, inputs, d);
