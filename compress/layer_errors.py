@@ -4,6 +4,7 @@ A smoothed model's layers have other inputs, so they are compared on the smoothe
 norms, and with columns that take back what the norms do not do any more.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -40,15 +41,15 @@ class _Sums:
     """Squared norms and counts over the tokens so far."""
 
     def __init__(self, weight: GroupedInt, inputs: LayerInputs) -> None:
-        self.weight = torch.from_numpy(weight.dequantize())
+        self.weight = weight
         self.expand = QuantizedInputs(inputs)
         self.output = self.output_error = self.input = self.input_error = 0.0
         self.num_values = self.num_saturated = 0
 
     def add(self, x: Tensor, exact: Tensor, bias: Tensor | None) -> None:
-        quantized = self.expand(x)
+        quantized, weight = self.expand(x), torch.from_numpy(self.weight.dequantize())  # anew: all of them are a model
         self.output += float(exact.double().square().sum())
-        self.output_error += float((linear(quantized, self.weight, bias) - exact).double().square().sum())
+        self.output_error += float((linear(quantized, weight, bias) - exact).double().square().sum())
         index = self.expand.index
         held = quantized if index is None else torch.zeros_like(x).index_add_(-1, index, quantized)
         self.input += float(x.double().square().sum())
@@ -59,7 +60,7 @@ class _Sums:
 
     def found(self) -> LayerError:
         def relative(error: float, whole: float) -> float:
-            return float(np.sqrt(error / whole)) if whole else 0.0
+            return math.sqrt(error / whole) if whole else 0.0
 
         saturation = None if self.expand.inputs.scale is None else self.num_saturated / self.num_values
         return LayerError(relative(self.output_error, self.output), relative(self.input_error, self.input), saturation)
