@@ -36,9 +36,17 @@ POINTERS = {
     torch.int8: "*i8",
     torch.uint8: "*u8",
     torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 CAPABILITY = int(sys.argv[1])
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+
+def argument_type(value: Any) -> str:
+    """Triton's name for the type of a kernel's argument."""
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
 
 
 class Recorder:
@@ -57,8 +65,8 @@ class Recorder:
             if value is None:
                 constants[name] = None
             else:
-                signature[name] = POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-                if isinstance(value, torch.Tensor) or value % 16 == 0:
+                signature[name] = argument_type(value)
+                if signature[name] != "fp32" and (isinstance(value, torch.Tensor) or value % 16 == 0):
                     divisible[(index,)] = [["tt.divisibility", 16]]
         signature |= dict.fromkeys(constants, "constexpr")
         source = ASTSource(self.kernel, {n: signature[n] for n in self.kernel.arg_names}, constants, divisible)
@@ -81,9 +89,13 @@ def report(name: str, module: ModuleType, attribute: str, call: Callable[[], obj
     call()
     setattr(module, attribute, kernel)
     for compiled in recorder.compiled:
-        ptx = compiled.asm["ptx"]
-        dot = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "none"
-        print(name, dot, spilled(compiled), compiled.metadata.shared, sep="\t", flush=True)
+        describe(name, compiled)
+
+
+def describe(name: str, compiled: Any) -> None:
+    ptx = compiled.asm["ptx"]
+    dot = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "none"
+    print(name, dot, spilled(compiled), compiled.metadata.shared, sep="	", flush=True)
 
 
 def grouped(num_in: int, group_size: int, bits: int, form: str = "symmetric") -> GroupedInt:
