@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("pipeline", "compress", "train", "deploy")
 HEAVY = {"torch", "transformers", "llmcompressor", "compressed_tensors", "datasets", "peft", "accelerate", "wandb"}
+HEAVY |= {"triton"}
 FORMATS = "deploy.formats"
 # Formats are files: numpy and the standard library, and jinja2 for the chat template.
 FORMATS_MAY_IMPORT = {"numpy", "jinja2", "deploy"}
@@ -72,8 +73,31 @@ def test_no_source_imports_the_tests() -> None:
     assert [line for package in PACKAGES for line in violations(package, ["tests"], [])] == []
 
 
+def is_for_gpus(path: Path) -> bool:
+    """Whether a file of `deploy` belongs to the GPU backend, which may import torch and triton."""
+    inside_deploy = path.relative_to(ROOT / "deploy").as_posix()
+    return inside_deploy.startswith(("kernels/gpu/", "runtime/gpu_"))
+
+
 def test_deploy_imports_no_training_library() -> None:
-    assert violations("deploy", sorted(HEAVY), []) == []
+    found = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sources("deploy")
+        for name in imported(path)
+        if name.partition(".")[0] in HEAVY - ({"torch", "triton"} if is_for_gpus(path) else set())
+    ]
+    assert found == []
+
+
+def test_deploy_loads_the_gpu_backend_only_where_it_is_used() -> None:
+    """Importing any other file of `deploy` imports none of it, and so neither torch nor triton."""
+    found = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sources("deploy")
+        for name in imported(path, top_level_only=True)
+        if not is_for_gpus(path) and name.startswith(("deploy.kernels.gpu", "deploy.runtime.gpu_"))
+    ]
+    assert found == []
 
 
 def test_formats_need_little_beyond_numpy() -> None:

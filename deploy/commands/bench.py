@@ -14,6 +14,7 @@ from rich.progress import Progress
 
 from deploy.commands import options as o
 from deploy.commands.bench_tables import show
+from deploy.commands.opening import chosen_backend, is_fast
 from deploy.formats.bundle import Bundle
 from deploy.runtime.backends import BackendName
 from deploy.runtime.benchmark import BenchRequest
@@ -45,7 +46,8 @@ def bench(
     temperature: o.Temperature = 0.0,
     seed: o.Seed = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="only the first so many records")] = None,
-    backend: o.Backend = "cpu",
+    device: o.Device = "auto",
+    backend: o.Backend = None,
     threads: o.Threads = None,
     out: Annotated[Path | None, typer.Option("--json", help="write the result to this file")] = None,
 ) -> None:
@@ -58,9 +60,10 @@ def bench(
         out.parent.mkdir(parents=True, exist_ok=True)
     options = GenerationOptions(max_tokens, SamplingParams(temperature, seed=seed))
     opened = Bundle.open(bundle)
-    chosen = _chosen_modes(modes, opened, backend)
-    session = Session.open(opened, backend=backend, threads=threads)
-    factory = DrafterFactory(opened, session.backend, backend, threads)
+    computing = chosen_backend(device, backend, opened)
+    chosen = _chosen_modes(modes, opened, computing)
+    session = Session.open(opened, backend=computing, threads=threads)
+    factory = DrafterFactory(opened, session.backend, computing, threads)
     request = BenchRequest(chosen, records, options, repeats, rates)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
 
@@ -79,7 +82,7 @@ def bench(
 def _chosen_modes(names: str | None, bundle: Bundle, backend: BackendName) -> tuple[Mode, ...]:
     """Raises ValueError for an unknown mode, and for one that the bundle cannot do."""
     can = available_modes(bundle)
-    if names is None and backend != "cpu":
+    if names is None and not is_fast(backend):
         return ("plain",)
     if names is None or names == "all":
         return (*(mode for mode in can if mode != "auto"), "auto")

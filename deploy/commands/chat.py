@@ -7,7 +7,7 @@ import sys
 import typer
 
 from deploy.commands import options as o
-from deploy.commands.opening import chosen_mode, draft_options, open_session
+from deploy.commands.opening import draft_options, open_session
 from deploy.commands.terminal import speculation_line, stats_line, write
 from deploy.runtime.generation import Generation, GenerationOptions
 from deploy.runtime.modes import Mode
@@ -32,16 +32,16 @@ def chat(
     width: o.Width = None,
     nodes: o.Nodes = None,
     min_draft_length: o.MinDraftLength = None,
-    backend: o.Backend = "cpu",
+    device: o.Device = "auto",
+    backend: o.Backend = None,
     threads: o.Threads = None,
     stats: o.Stats = False,
 ) -> None:
     """Talk with the bundle's target. A line is a turn; /new starts over, /quit or the end of input leaves."""
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     options = GenerationOptions(max_tokens, sampling)
-    decoding = chosen_mode(mode, backend)
     drafts = draft_options(depth, width, nodes, min_draft_length)
-    session = open_session(bundle, decoding, drafts, backend, threads)
+    session, decoding = open_session(bundle, mode, drafts, device, backend, threads)
     opening = [{"role": "system", "content": system}] if system is not None else []
     messages = list(opening)
     while (line := _read_line()) not in (None, "/quit"):

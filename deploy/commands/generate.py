@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from deploy.commands import options as o
-from deploy.commands.opening import chosen_mode, draft_options, open_session
+from deploy.commands.opening import draft_options, open_session
 from deploy.commands.terminal import speculation_line, stats_line, write
 from deploy.runtime.generation import Generation, GenerationOptions
 from deploy.runtime.measure import after_prompts, speculation_json
@@ -34,7 +34,8 @@ def generate(
     width: o.Width = None,
     nodes: o.Nodes = None,
     min_draft_length: o.MinDraftLength = None,
-    backend: o.Backend = "cpu",
+    device: o.Device = "auto",
+    backend: o.Backend = None,
     threads: o.Threads = None,
     stats: o.Stats = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of streamed text")] = False,
@@ -44,9 +45,8 @@ def generate(
         raise ValueError("--system needs the chat template; leave out --raw or --system")
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     options = GenerationOptions(max_tokens, sampling, tuple(stop or ()))
-    decoding = chosen_mode(mode, backend)
     drafts = draft_options(depth, width, nodes, min_draft_length)
-    session = open_session(bundle, decoding, drafts, backend, threads)
+    session, decoding = open_session(bundle, mode, drafts, device, backend, threads)
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
     tokens = session.encode_raw(prompt) if raw else session.encode_chat(messages)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from deploy.runtime.backends import BackendName
+from deploy.runtime.devices import DeviceName
 from deploy.runtime.modes import MODES
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="the bundle's directory")]
@@ -21,7 +22,11 @@ RepetitionPenalty = Annotated[float, typer.Option(help="above 1 discourages toke
 Seed = Annotated[int, typer.Option(help="same seed, same text")]
 Stop = Annotated[list[str] | None, typer.Option(help="text that ends the answer; may be repeated")]
 Stats = Annotated[bool, typer.Option("--stats", help="counts and times, on stderr")]
-Backend = Annotated[BackendName, typer.Option(help="what computes; the references are slow and define the numbers")]
+Device = Annotated[DeviceName, typer.Option(help="auto: the GPU where it can be used, else the CPU")]
+Backend = Annotated[
+    BackendName | None,
+    typer.Option(help="instead of a device, e.g. a reference: they are slow and define the numbers"),
+]
 Threads = Annotated[int | None, typer.Option(help="default: what the process may use")]
 Mode = Annotated[
     str | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from deploy.commands import options as o
 from deploy.commands.bench_tables import rows_table, table, wide_console
+from deploy.commands.opening import chosen_backend
 from deploy.formats.bundle import MANIFEST, Bundle, sha256_file
 from deploy.runtime.auto_mode import auto_drafter, machine_costs
 from deploy.runtime.costs import DRAFT_WIDTHS, Costs, cache_path
@@ -13,11 +14,12 @@ from deploy.runtime.modes import DrafterFactory
 from deploy.runtime.session import Session
 
 
-def tune(bundle: o.BundlePath, threads: o.Threads = None) -> None:
+def tune(bundle: o.BundlePath, device: o.Device = "auto", threads: o.Threads = None) -> None:
     """Measure again what decides mode auto's choices, keep it in the user's cache and show it."""
     opened = Bundle.open(bundle)
-    session = Session.open(opened, threads=threads)
-    factory = DrafterFactory(opened, session.backend, "cpu", threads)
+    computing = chosen_backend(device, None, opened)
+    session = Session.open(opened, backend=computing, threads=threads)
+    factory = DrafterFactory(opened, session.backend, computing, threads)
     costs = machine_costs(factory, is_fresh=True)
     console = wide_console()
     console.print(rows_table(costs.rows_ms))

@@ -60,6 +60,7 @@ def bench(
     for a mode that the bundle lacks models for, and for a record whose conversation does not fit the context.
     """
     machine = describe_machine(getattr(session.backend, "runtime", None))
+    machine |= getattr(session.backend, "device_facts", {})
     costs = request.costs or costs_for(factory, request.modes)
     entries = make_entries(factory, request.modes, costs, request.expected)
     seed = request.options.sampling.seed

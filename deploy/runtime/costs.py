@@ -88,18 +88,28 @@ class Costs:
         )
 
 
-def measure_rows(model: Backend, counts: Sequence[int] = ROW_COUNTS, *, context: int = CONTEXT) -> dict[int, float]:
+def measure_rows(
+    model: Backend, counts: Sequence[int] | None = None, *, context: int = CONTEXT, repeats: int | None = None
+) -> dict[int, float]:
     """Rows → median milliseconds of a forward that continues `context` tokens by a chain of that many and chooses a
     token after each. Where the model's context is shorter, it continues as many as leave room for the longest chain.
+
+    counts: by default the model's own `row_counts` (a GPU's forward takes the time of its row bucket), or ROW_COUNTS.
+    repeats: calls of each count, by default REPEATS.
+    Tokens are on the host when a forward returns, so a GPU has then done all of its work.
     """
     shape, greedy = model.shape, SamplingParams()
+    if counts is None:
+        counts = getattr(model, "row_counts", ROW_COUNTS)
     context = max(1, min(context, shape.context_length - max(counts)))
     model.reset(_SCRATCH)
     model.forward(_chain(0, context, shape.vocab_size), logit_rows=[])
     model.keep(_SCRATCH, range(context))
     chains = {n: _chain(context, n, shape.vocab_size) for n in counts if context + n <= shape.context_length}
     times: dict[int, list[float]] = {count: [] for count in chains}
-    for turn in range(REPEATS + 1):  # in turns, so that a busy moment meets all counts; the first one warms up
+    for turn in range(
+        (repeats or REPEATS) + 1
+    ):  # in turns, so that a busy moment meets all counts; the first one warms up
         for count, rows in chains.items():
             begin = time.perf_counter()
             model.forward_tokens(rows, greedy)
@@ -109,8 +119,10 @@ def measure_rows(model: Backend, counts: Sequence[int] = ROW_COUNTS, *, context:
     return {count: round(statistics.median(found), 4) for count, found in times.items()}
 
 
-def measure_drafts(model: DraftModel, hidden_size: int, vocab_size: int, *, context: int = CONTEXT) -> DraftCost:
-    """A round's draft: two new tokens read, and one or four levels of one or four nodes."""
+def measure_drafts(
+    model: DraftModel, hidden_size: int, vocab_size: int, *, context: int = CONTEXT, repeats: int | None = None
+) -> DraftCost:
+    """A round's draft: two new tokens read, and one or four levels of one or four nodes. repeats: of each."""
     num_states = len(model.feature_layers) * hidden_size
     rng = np.random.default_rng(0)
 
@@ -126,7 +138,7 @@ def measure_drafts(model: DraftModel, hidden_size: int, vocab_size: int, *, cont
             model.truncate(_SCRATCH, context)
             draft(2, limits)
 
-        return _median_ms(once)
+        return _median_ms(once, repeats or REPEATS)
 
     model.reset(_SCRATCH)
     draft(context, TreeLimits(1, 1, 1))
@@ -136,10 +148,10 @@ def measure_drafts(model: DraftModel, hidden_size: int, vocab_size: int, *, cont
     return DraftCost(first, levels)
 
 
-def _median_ms(call: Any) -> float:
+def _median_ms(call: Any, repeats: int) -> float:
     call()
     times = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         begin = time.perf_counter()
         call()
         times.append((time.perf_counter() - begin) * 1e3)

@@ -14,8 +14,8 @@ from deploy.kernels.cpu.library import Call, Float32, Sampling, native, pointer,
 from deploy.runtime.backend import SEQUENCE_END, Forward, ForwardTokens, Row, check_rows, per_row
 from deploy.runtime.cpu_loader import check_shape, load_language_model
 from deploy.runtime.cpu_model import CpuModel
-from deploy.runtime.cpu_sampling import native_sampling, not_finite
-from deploy.runtime.sampling import SamplingParams
+from deploy.runtime.cpu_sampling import native_sampling
+from deploy.runtime.sampling import SamplingParams, not_finite
 
 
 class CpuBackend(CpuModel):

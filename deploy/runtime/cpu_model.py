@@ -13,9 +13,9 @@ from deploy.kernels.cpu.library import PHASES, DraftCall, Float32, Runtime, nati
 from deploy.kernels.rope import rope_tables
 from deploy.runtime.backend import Row, check_truncation
 from deploy.runtime.cpu_loader import Loaded
-from deploy.runtime.cpu_sampling import native_sampling, not_finite
+from deploy.runtime.cpu_sampling import native_sampling
 from deploy.runtime.drafts import fit_draft
-from deploy.runtime.sampling import SamplingParams
+from deploy.runtime.sampling import SamplingParams, not_finite
 from deploy.runtime.tree import Draft, TreeLimits
 
 _ROPE_POSITIONS = 512  # computed at a time

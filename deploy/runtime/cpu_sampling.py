@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deploy.kernels.cpu.library import Float32, Runtime, Sampling, native, native_error, pointer
-from deploy.runtime.sampling import SamplingParams
+from deploy.runtime.sampling import SamplingParams, not_finite
 
 
 def native_sampling(params: SamplingParams, sample_index: int) -> Sampling:
@@ -22,10 +22,6 @@ def native_sampling(params: SamplingParams, sample_index: int) -> Sampling:
         seed=params.seed,
         sample_index=sample_index,
     )
-
-
-def not_finite(position: int) -> str:
-    return f"the logits for position {position} are not finite; the model's weights are not usable"
 
 
 def sample_native(

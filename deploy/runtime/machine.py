@@ -39,7 +39,8 @@ def describe_machine(runtime: NativeRuntime | None) -> dict[str, Any]:
 
 
 def describe_device(model: object) -> dict[str, Any]:
-    """What decides how long a model's forwards take: the machine as above, but for how busy it is."""
+    """What decides how long a model's forwards take: the machine as above, but for how busy it is; and the GPU of a
+    model on one."""
     described = describe_machine(getattr(model, "runtime", None))
     del described["load_average"]
-    return described | {"backend": type(model).__name__}
+    return described | {"backend": type(model).__name__} | getattr(model, "device_facts", {})

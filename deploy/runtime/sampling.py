@@ -111,6 +111,11 @@ def survivors(logits: Float32, params: SamplingParams, path: Sequence[int]) -> t
     return order, z
 
 
+def not_finite(position: int) -> str:
+    """Why there is no token for `position`."""
+    return f"the logits for position {position} are not finite; the model's weights are not usable"
+
+
 def sample(
     logits: Float32, params: SamplingParams, *, position: int, path: Sequence[int] = (), sample_index: int = 0
 ) -> int:
@@ -120,7 +125,7 @@ def sample(
     continuations of one prompt. Raises ValueError when the logits are not all finite.
     """
     if not np.isfinite(logits).all():
-        raise ValueError(f"the logits for position {position} are not finite; the model's weights are not usable")
+        raise ValueError(not_finite(position))
     if params.temperature == 0:
         return int(np.argmax(penalize(logits, params.repetition_penalty, path)))
     tokens, z = survivors(logits, params, path)

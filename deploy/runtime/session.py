@@ -11,6 +11,7 @@ from deploy.formats.chat import ChatTemplate
 from deploy.formats.errors import BundleError
 from deploy.runtime.backend import Backend
 from deploy.runtime.backends import BackendName, open_backend
+from deploy.runtime.devices import DeviceName, bundle_bytes, choose_backend
 from deploy.runtime.drafters.base import Drafter
 from deploy.runtime.drafters.none import NoDrafter
 from deploy.runtime.generation import Generation, GenerationOptions, Request, Stream, go_back, step
@@ -67,13 +68,15 @@ class Session:
         *,
         mode: Mode = "plain",
         drafts: DraftOptions | None = None,
-        backend: BackendName = "cpu",
+        backend: BackendName | DeviceName = "cpu",
         threads: int | None = None,
     ) -> Session:
         """Load the bundle's target and what `mode` needs beside it.
 
-        Raises ValueError naming file and reason when something does not fit, or the bundle cannot do `mode`.
+        backend: "auto" is the GPU where it can be used, else the CPU. Raises ValueError naming file and reason when
+        something does not fit, or the bundle cannot do `mode`, and DeviceError for a GPU that cannot be used.
         """
+        chosen = choose_backend(backend, bundle_bytes(bundle))
         directory = bundle.model("target")
         tokenizer = open_tokenizer(bundle)
         if tokenizer.get_vocab_size() > directory.shape.vocab_size:
@@ -81,8 +84,8 @@ class Session:
                 f"{bundle.path / 'tokenizer.json'}: has {tokenizer.get_vocab_size()} tokens, "
                 f"the target's vocabulary {directory.shape.vocab_size}"
             )
-        opened = open_backend(backend, directory, threads=threads)
-        drafter = DrafterFactory(bundle, opened, backend, threads).make(mode, drafts)
+        opened = open_backend(chosen, directory, threads=threads)
+        drafter = DrafterFactory(bundle, opened, chosen, threads).make(mode, drafts)
         return cls(opened, tokenizer, bundle.chat_template(), directory.eos_token_ids, drafter)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:

@@ -10,10 +10,11 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from deploy.formats.architectures import ModelShape, linear_layers, other_tensors
-from deploy.formats.bundle import sha256_file, write_manifest
+from deploy.formats.bundle import MANIFEST, sha256_file, write_manifest
 from deploy.formats.chat import ChatTemplate
+from deploy.formats.draft_vocabulary import write_draft_vocabulary
 from deploy.formats.eagle_config import EagleConfig
-from deploy.formats.eagle_record import Acceptance, Owner, TrainingRecord
+from deploy.formats.eagle_record import Acceptance, Owner, TrainingRecord, record_json
 from deploy.formats.packed import GroupedInt, encode
 from deploy.formats.quantization_config import QuantizationGroup, quantization_config
 from deploy.formats.safetensors_file import BFloat16, from_bfloat16, to_bfloat16, write_safetensors
@@ -129,6 +130,47 @@ def write_bundle(directory: Path, quantized: Quantized | None = None, **manifest
     return directory
 
 
+def owner_of(bundle: Path, role: str) -> Owner:
+    """Of a drafter that belongs to the bundle's model of that role."""
+    return Owner(
+        content="c" * 64,
+        model_files={name: sha256_file(bundle / role / name) for name in ("config.json", "model.safetensors")},
+        tokenizer=sha256_file(bundle / "tokenizer.json"),
+        chat_template=ChatTemplate((bundle / "chat_template.jinja").read_text()).identity,
+    )
+
+
+def write_hierarchy(path: Path, ids: Any, owners: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """A bundle with an intermediate and a head for each model, its manifest still without them (`finish_hierarchy`).
+
+    ids: draft vocabulary of the intermediate. owners: role → fields of its Owner, another's. changes: of config.json of
+    the intermediate.
+    """
+    owners = owners or {}
+    write_bundle(path)
+    write_model(path / "intermediate", tiny_config() | {"num_hidden_layers": 1} | changes, Quantized(), seed=5)
+    record = record_json(
+        replace(owner_of(path, "target"), **owners.get("intermediate", {})), training_record(settings={})
+    )
+    (path / "intermediate" / "training.json").write_text(json.dumps(record))
+    if ids is not None:
+        write_draft_vocabulary(path / "intermediate", ids)
+    for role, above in (("eagle-target", "target"), ("eagle-intermediate", "intermediate")):
+        owner = replace(owner_of(path, above), **owners.get(role, {}))
+        shape = ModelShape.from_config(json.loads((path / above / "config.json").read_text()))
+        write_head(path / role, shape, owner, feature_layers=(0, shape.num_layers))
+    return path
+
+
+HIERARCHY = ("target", "intermediate", "eagle-target", "eagle-intermediate")
+
+
+def finish_hierarchy(path: Path, roles: tuple[str, ...] = HIERARCHY) -> Path:
+    (path / MANIFEST).unlink(missing_ok=True)
+    write_manifest(path, name="tiny", components={r: r for r in roles}, provenance={}, licence="x")
+    return path
+
+
 ACCEPTANCE = Acceptance((0.5, 0.25, 0.125), 1.875)
 HEAD: dict[str, Any] = {
     "draft_vocab_size": 37,
@@ -232,6 +274,8 @@ class Tiny:
     model = staticmethod(write_model)
     tokenizer = staticmethod(byte_tokenizer)
     bundle = staticmethod(write_bundle)
+    hierarchy = staticmethod(write_hierarchy)
+    finish_hierarchy = staticmethod(finish_hierarchy)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deploy.kernels.reference.fp32 import LANES, Float32, exp32, log32
-from deploy.runtime.sampling import SamplingParams, gumbel_noise, penalize, survivors
+from deploy.runtime.sampling import SamplingParams, gumbel_noise, not_finite, penalize, survivors
 
 Candidates = tuple[list[int], list[np.float32]]
 
@@ -40,7 +40,7 @@ def candidates(
     The first one is what `sample` chooses. Raises ValueError when the logits are not all finite.
     """
     if not np.isfinite(logits).all():
-        raise ValueError(f"the logits for position {position} are not finite; the model's weights are not usable")
+        raise ValueError(not_finite(position))
     ids = np.arange(len(logits)) if token_ids is None else token_ids
     seen = np.flatnonzero(np.isin(ids, np.array(path, dtype=np.int64))).tolist()
     if params.temperature == 0:

@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from deploy.formats.architectures import ModelShape
-from deploy.formats.bundle import MANIFEST, Bundle, sha256_file, verify_bundle, write_manifest
-from deploy.formats.chat import ChatTemplate
+from deploy.formats.bundle import MANIFEST, Bundle, sha256_file, verify_bundle
 from deploy.formats.draft_vocabulary import VOCABULARY_FILE, write_draft_vocabulary
-from deploy.formats.eagle_record import Owner, record_json
 from deploy.formats.errors import BundleError
 from deploy.runtime.modes import DrafterFactory, available_modes
 from deploy.runtime.session import Session
 
-ROLES = ("target", "intermediate", "eagle-target", "eagle-intermediate")
 IDS = np.array([2, 3, 9, 30, 31, 77, 200], dtype=np.int64)
 Make = Callable[..., Path]
-
-
-def owner_of(bundle: Path, role: str, names: tuple[str, ...]) -> Owner:
-    return Owner(
-        content="c" * 64,
-        model_files={name: sha256_file(bundle / role / name) for name in names},
-        tokenizer=sha256_file(bundle / "tokenizer.json"),
-        chat_template=ChatTemplate((bundle / "chat_template.jinja").read_text()).identity,
-    )
 
 
 @pytest.fixture
@@ -39,33 +25,19 @@ def make(tmp_path: Path, tiny: Any) -> Make:
     """Makes a bundle; changes: of config.json of the intermediate. owners: role → fields of its Owner, another's."""
 
     def bundle(ids: Any = IDS, owners: dict[str, Any] | None = None, **changes: Any) -> Path:
-        owners = owners or {}
-        path = tmp_path / "b"
-        tiny.bundle(path)
-        config = tiny.config() | {"num_hidden_layers": 1} | changes
-        tiny.model(path / "intermediate", config, tiny.Quantized(), seed=5)
-        names = ("config.json", "model.safetensors")
-        owner = replace(owner_of(path, "target", names), **owners.get("intermediate", {}))
-        record = record_json(owner, tiny.training_record(settings={}))
-        (path / "intermediate" / "training.json").write_text(json.dumps(record))
-        if ids is not None:
-            write_draft_vocabulary(path / "intermediate", ids)
-        for role, above in (("eagle-target", "target"), ("eagle-intermediate", "intermediate")):
-            owner = replace(owner_of(path, above, names), **owners.get(role, {}))
-            shape = ModelShape.from_config(json.loads((path / above / "config.json").read_text()))
-            tiny.head(path / role, shape, owner, feature_layers=(0, shape.num_layers))
-        return path
+        made: Path = tiny.hierarchy(tmp_path / "b", ids, owners, **changes)
+        return made
 
     return bundle
 
 
-def finish(path: Path, roles: tuple[str, ...] = ROLES) -> Path:
-    (path / MANIFEST).unlink(missing_ok=True)
-    write_manifest(path, name="tiny", components={r: r for r in roles}, provenance={}, licence="x")
-    return path
+@pytest.fixture
+def finish(tiny: Any) -> Make:
+    finisher: Make = tiny.finish_hierarchy
+    return finisher
 
 
-def test_every_drafter_is_described_and_every_mode_is_there(make: Make) -> None:
+def test_every_drafter_is_described_and_every_mode_is_there(make: Make, finish: Make) -> None:
     bundle = finish(make())
     assert verify_bundle(bundle) == []
     opened = Bundle.open(bundle)
@@ -77,7 +49,7 @@ def test_every_drafter_is_described_and_every_mode_is_there(make: Make) -> None:
     assert {"chain", "cascade", "cascade-lookup"} <= set(available_modes(opened))
 
 
-def test_the_runtime_loads_the_rows_that_may_be_drafted(make: Make) -> None:
+def test_the_runtime_loads_the_rows_that_may_be_drafted(make: Make, finish: Make) -> None:
     bundle = Bundle.open(finish(make()))
     session = Session.open(bundle, threads=1)
     model = DrafterFactory(bundle, session.backend, "cpu", 1).language_model("intermediate")
@@ -86,7 +58,7 @@ def test_the_runtime_loads_the_rows_that_may_be_drafted(make: Make) -> None:
     assert model.forward([Row(5, 0)]).logits.shape == (1, len(IDS))
 
 
-def test_without_a_draft_vocabulary_every_token_may_be_drafted(make: Make) -> None:
+def test_without_a_draft_vocabulary_every_token_may_be_drafted(make: Make, finish: Make) -> None:
     bundle = Bundle.open(finish(make(ids=None)))
     drafter = bundle.component("intermediate").drafter
     assert drafter is not None and drafter.draft_vocab_size == 263
@@ -112,14 +84,16 @@ def test_without_a_draft_vocabulary_every_token_may_be_drafted(make: Make) -> No
     ],
 )
 def test_a_drafter_of_something_else_makes_no_bundle(
-    make: Make, role: str, fields: dict[str, Any], message: str
+    make: Make, finish: Make, role: str, fields: dict[str, Any], message: str
 ) -> None:
     bundle = make(owners={role: fields})
     with pytest.raises(BundleError, match=message):
         finish(bundle)
 
 
-def test_another_intermediate_under_a_head_is_found_even_with_matching_digests(make: Make, tiny: Any) -> None:
+def test_another_intermediate_under_a_head_is_found_even_with_matching_digests(
+    make: Make, finish: Make, tiny: Any
+) -> None:
     bundle = finish(make())
     tiny.model(bundle / "intermediate", tiny.config() | {"num_hidden_layers": 1}, tiny.Quantized(), seed=6)
     manifest = json.loads((bundle / MANIFEST).read_text())
@@ -130,7 +104,7 @@ def test_another_intermediate_under_a_head_is_found_even_with_matching_digests(m
     assert "eagle-intermediate: the head was trained on another intermediate: model.safetensors was" in problem
 
 
-def test_another_draft_vocabulary_is_no_other_intermediate(make: Make) -> None:
+def test_another_draft_vocabulary_is_no_other_intermediate(make: Make, finish: Make) -> None:
     bundle = make()
     write_draft_vocabulary(bundle / "intermediate", IDS[:4])
     assert verify_bundle(finish(bundle)) == []
@@ -143,27 +117,29 @@ def test_another_draft_vocabulary_is_no_other_intermediate(make: Make) -> None:
         ({"max_position_embeddings": 64}, "intermediate: reads 64 tokens, the target 128"),
     ],
 )
-def test_an_intermediate_too_small_for_the_target_is_refused(make: Make, changes: dict[str, Any], message: str) -> None:
+def test_an_intermediate_too_small_for_the_target_is_refused(
+    make: Make, finish: Make, changes: dict[str, Any], message: str
+) -> None:
     bundle = make(ids=None, **changes)
     with pytest.raises(ValueError, match=message):
         finish(bundle, ("target", "intermediate"))
 
 
-def test_a_head_without_its_intermediate_is_refused(make: Make) -> None:
+def test_a_head_without_its_intermediate_is_refused(make: Make, finish: Make) -> None:
     bundle = make()
     with pytest.raises(BundleError, match="'eagle-intermediate' drafts for an intermediate, and there is none"):
         finish(bundle, ("target", "eagle-target", "eagle-intermediate"))
 
 
 @pytest.mark.parametrize("name", ["training.json", VOCABULARY_FILE])
-def test_a_damaged_record_is_named(make: Make, name: str) -> None:
+def test_a_damaged_record_is_named(make: Make, finish: Make, name: str) -> None:
     bundle = make()
     (bundle / "intermediate" / name).write_text("{}")
     with pytest.raises(ValueError, match=f"intermediate/{name}"):
         finish(bundle)
 
 
-def test_an_intermediate_without_its_record_is_refused(make: Make) -> None:
+def test_an_intermediate_without_its_record_is_refused(make: Make, finish: Make) -> None:
     bundle = make()
     (bundle / "intermediate" / "training.json").unlink()
     with pytest.raises(ValueError, match=r"training\.json: no such file"):

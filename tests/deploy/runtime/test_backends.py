@@ -119,7 +119,7 @@ def test_backends_are_opened_by_name(bundle):
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones(bundle):
-    with pytest.raises(ValueError, match=r"backend='gpu9' is not known; use cpu, reference-int8, reference-bf16"):
+    with pytest.raises(ValueError, match=r"backend='gpu9' is not known; use cpu, gpu, reference-int8, reference-bf16"):
         open_backend("gpu9", bundle.model())
 
 

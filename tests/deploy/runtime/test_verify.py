@@ -61,10 +61,15 @@ def bundle(tmp_path_factory, tiny):
     return Bundle.open(tiny.bundle(tmp_path_factory.mktemp("bundles") / "b"))
 
 
-@pytest.fixture(scope="module", params=["cpu", "reference-int8"])
+@pytest.fixture(scope="module", params=["cpu", "reference-int8", "gpu"])
 def sessions(request, bundle):
-    """One for drafts, and one without any to compare with."""
-    return Session.open(bundle, backend=request.param), Session.open(bundle, backend=request.param)
+    """One for drafts, and one without any to compare with. Here "gpu" is its backend on CPU tensors."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if request.param == "gpu":
+            from tests.deploy.runtime.gpu_rows import pretend_gpu, torch_device
+
+            pretend_gpu(monkeypatch, torch_device())
+        return Session.open(bundle, backend=request.param), Session.open(bundle, backend=request.param)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
