@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class RuntimeEngine:
-    """The CPU runtime, many sequences by one forward a token. See `train.data.engines.base.Engine`."""
+    """The bundle's runtime, many sequences by one forward a token. See `train.data.engines.base.Engine`."""
 
     is_batch_invariant = True
 
@@ -50,9 +50,12 @@ def open_engine(config: dict[str, Any], model_dir: Path, chat: ChatFormat, *, se
     """The engine that `generate.engine` describes, with the model of a directory. Raises ValueError as it does."""
     if config["kind"] == "runtime":
         from deploy.formats.model_dir import ModelDirectory
-        from deploy.runtime.cpu_backend import CpuBackend
+        from deploy.runtime.backends import open_backend
+        from deploy.runtime.devices import choose_backend
 
-        backend = CpuBackend(ModelDirectory.open(model_dir), threads=threads)
+        weight_bytes = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
+        chosen = choose_backend(config["device"], weight_bytes)
+        backend = open_backend(chosen, ModelDirectory.open(model_dir), threads=threads)
         return RuntimeEngine(backend, chat.tokenizer, chat.end_ids, num_sequences=config["num_sequences"], seed=seed)
     if config["kind"] == "transformers":
         from compress.load import load_float32

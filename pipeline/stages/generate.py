@@ -35,6 +35,8 @@ def keyed(config: dict[str, Any]) -> dict[str, Any]:
     """The part of `generate` that enters the stage's key: no paths, nothing that changes no byte."""
     prompts = {key: value for key, value in config["prompts"].items() if key != "path"}
     engine = {key: value for key, value in config["engine"].items() if key not in UNKEYED_ENGINE_KEYS}
+    if config["engine"]["kind"] == "runtime" and config["engine"]["device"] != "cpu":
+        engine["device"] = config["engine"]["device"]  # the runtime's GPU backend rounds otherwise than its CPU's
     return {**config, "prompts": prompts, "engine": engine}
 
 
@@ -55,11 +57,15 @@ def fingerprint(config: dict[str, Any]) -> dict[str, str]:
 def check(config: dict[str, Any]) -> None:
     """Raises ValueError on values out of range, an unknown engine and a prompt file that cannot be used.
 
-    A server is asked when the stage begins: until the target is quantized there is nothing that it could serve.
+    A server is asked when the stage begins: until the target is quantized there is nothing that it could serve. A GPU
+    that is asked for by name must be usable.
     """
+    from deploy.runtime.devices import choose_backend
     from pipeline.stages.generate_check import check_values
 
     check_values(config)
+    if config["engine"]["kind"] == "runtime":
+        choose_backend(config["engine"]["device"], 0)
     if config["prompts"]["share"] > 0 and config["prompts"]["path"]:
         _records(config)
 

@@ -28,8 +28,9 @@ _RANGES = {
     "self_written.top_p": _TOP_P,
     "prompts.share": _SHARE,
 }
+_DEVICE: tuple[Callable[[Any], bool], str] = (lambda value: value in ("auto", "cpu", "gpu"), "must be auto, cpu or gpu")
 _ENGINE_RANGES: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
-    "runtime": {"num_sequences": _COUNT},
+    "runtime": {"num_sequences": _COUNT, "device": _DEVICE},
     "transformers": {"batch_size": _COUNT},
     "server": {
         "concurrency": _COUNT,

@@ -42,10 +42,14 @@ class PromptsConfig:
 
 @dataclass
 class RuntimeEngineConfig:
-    """`conf/generate/engine/runtime.yaml`. num_sequences: by one forward; changes no byte of the result."""
+    """`conf/generate/engine/runtime.yaml`. num_sequences: by one forward; changes no byte of the result.
+
+    device: auto, cpu or gpu.
+    """
 
     kind: str = "runtime"
     num_sequences: int = MISSING
+    device: str = MISSING
 
 
 @dataclass

@@ -30,7 +30,7 @@ CONFIG: dict[str, Any] = {
     "shard_size": 8,
     "self_written": {"max_tokens": 24, "temperature": 1.0, "top_p": 1.0},
     "prompts": {"share": 0.0, "path": None, "dataset": None, "dataset_split": "train", "column": "prompt"},
-    "engine": {"kind": "runtime", "num_sequences": 12},
+    "engine": {"kind": "runtime", "num_sequences": 12, "device": "cpu"},
 }
 
 

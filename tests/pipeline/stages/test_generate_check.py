@@ -59,6 +59,7 @@ def test_the_defaults_are_valid(composed: Any, engine: tuple[str, ...]) -> None:
         ("generate.self_written.top_p=2", r"generate\.self_written\.top_p=2\.0 must be above 0"),
         ("generate.prompts.share=-1", r"generate\.prompts\.share=-1\.0 must be from 0 to 1"),
         ("generate.engine.num_sequences=0", r"generate\.engine\.num_sequences=0 must be 1 or more"),
+        ("generate.engine.device=tpu", r"generate\.engine\.device=tpu must be auto, cpu or gpu"),
         ("generate.engine.kind=magic", r"generate\.engine\.kind=magic is unknown; use runtime, transformers, server"),
         ("generate=prompts", r"generate\.prompts\.share=1\.0 needs generate\.prompts\.path .* neither is given"),
         ("generate.prompts.path=p.jsonl", r"generate\.prompts\.path=p\.jsonl is not used, .* choose generate=mix or"),
@@ -128,6 +129,16 @@ def test_what_changes_no_byte_is_no_key(composed: Any, tmp_path: Path) -> None:
     servers = [composed(*SERVER), composed(*SERVER, "generate.engine.url=http://y/v1", "generate.engine.concurrency=1")]
     assert generate.keyed(servers[0]) == generate.keyed(servers[1])
     assert generate.keyed(servers[0]) != generate.keyed(composed(*SERVER, "generate.engine.model=n"))
+
+
+def test_the_runtimes_device_is_a_key_where_it_is_not_the_cpu(composed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [generate.keyed(composed(f"generate.engine.device={device}")) for device in ("cpu", "auto", "gpu")]
+    assert "device" not in keys[0]["engine"]
+    assert [key["engine"]["device"] for key in keys[1:]] == ["auto", "gpu"]
+    monkeypatch.setattr("deploy.runtime.devices.find_driver", lambda: None)
+    generate.check(composed("generate.engine.device=auto"))
+    with pytest.raises(ValueError, match="there is no NVIDIA driver"):
+        generate.check(composed("generate.engine.device=gpu"))
 
 
 def test_the_key_leaves_the_configuration_as_it_was(composed: Any) -> None:
