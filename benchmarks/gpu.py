@@ -1,6 +1,6 @@
 """Everything about the GPU backend that only a GPU can tell, in one command of under eight minutes, without a network.
 
-    python -m benchmarks.gpu [--parts tests,ceilings,linear] [--json OUT] [--tiny]
+    python -m benchmarks.gpu [--parts tests,ceilings,linear,forward,hierarchy] [--json OUT] [--tiny]
 
 The result goes to benchmarks/results/gpu_<device>.json unless --json says otherwise. The command fails where a part
 does: a test, or a row whose result depends on the rows beside it.
@@ -42,6 +42,8 @@ PARTS = (
     Part("tests", "benchmarks.gpu_tests", 120),
     Part("ceilings", "benchmarks.gpu_ceilings", 15),
     Part("linear", "benchmarks.gpu_linear", 100),
+    Part("forward", "benchmarks.gpu_forward", 90),
+    Part("hierarchy", "benchmarks.gpu_hierarchy", 90),
 )
 
 
@@ -54,8 +56,8 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.parts) - set(names)):
         parser.error(f"--parts: {', '.join(unknown)} not known; use {', '.join(names)}")
-    if "linear" in arguments.parts and "ceilings" not in arguments.parts:
-        parser.error("--parts: linear is measured against the ceilings; add ceilings")
+    if {"linear", "forward"} & set(arguments.parts) and "ceilings" not in arguments.parts:
+        parser.error("--parts: linear and forward are measured against the ceilings; add ceilings")
     return arguments
 
 

@@ -1,4 +1,4 @@
-"""The kernels' own tests on this device: what is measured afterwards must be right first."""
+"""The tests of the kernels and of the whole backend on this device: what is measured afterwards must be right first."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from benchmarks.gpu_run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = "tests/deploy/kernels/gpu"
+BACKEND = "tests/deploy/runtime/test_gpu_interpreted.py"
 # Most of a test's time on a GPU goes into compiling, on one core.
 _MAX_PROCESSES = 12
 
@@ -47,7 +48,7 @@ def measure(run: Run, found: dict[str, Any]) -> dict[str, Any]:
 
     In the interpreter one file stands for all, which `make test` runs.
     """
-    ids = collect(f"{FOLDER}/test_packing.py" if run.is_tiny else FOLDER)
+    ids = collect(f"{FOLDER}/test_packing.py") if run.is_tiny else [*collect(FOLDER), *collect(BACKEND)]
     processes = min(_MAX_PROCESSES, os.cpu_count() or 1, len(ids))
     seconds = max(1.0, run.deadline - time.monotonic())
     with ThreadPoolExecutor(processes) as pool:

@@ -30,6 +30,9 @@ def test_the_whole_script_runs_in_the_interpreter(tmp_path: Path) -> None:
     for layer in found["linear"]["layers"].values():
         assert layer["error"] < 1e-5
         assert set(layer["rows"]) == {"1", "3", "17"}
+    for model in found["forward"]["models"].values():
+        assert set(model["contexts"]["4"]) == {"1", "2"}
+    assert set(found["hierarchy"]["modes"]) == {"plain", "eagle-tree", "cascade"}
 
 
 @pytest.mark.slow
@@ -41,7 +44,7 @@ def test_without_a_gpu_it_says_what_to_do() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("parts", "message"),
-    [("tests,forward", "forward not known"), ("linear", "linear is measured against the ceilings")],
+    [("tests,backward", "backward not known"), ("linear", "are measured against the ceilings")],
 )
 def test_parts_that_do_not_fit_are_refused(parts: str, message: str) -> None:
     done = run("--tiny", "--parts", parts)
