@@ -13,7 +13,7 @@ from torch import Tensor
 from deploy.formats.architectures import ModelShape
 from deploy.formats.model_dir import ModelDirectory
 from deploy.runtime.backend import Forward, ForwardTokens, Row, check_rows, per_row
-from deploy.runtime.gpu_forward import Stream, run_layers, write_chain
+from deploy.runtime.gpu_forward import Stream, check_shape, run_layers, write_chain
 from deploy.runtime.gpu_graphs import Computed
 from deploy.runtime.gpu_inputs import RowInputs
 from deploy.runtime.gpu_loader import load_language_model, too_large
@@ -48,6 +48,7 @@ class GpuBackend(GpuModel):
         ids = None if head_ids is None else np.ascontiguousarray(head_ids, dtype=np.int64)
         if ids is not None and (not ids.size or ids[0] < 0 or ids[-1] >= shape.vocab_size or (np.diff(ids) <= 0).any()):
             raise ValueError(f"head_ids must ascend and lie in 0 … {shape.vocab_size - 1}")
+        check_shape(shape)
         try:
             weights = load_language_model(opened, device.torch_device, device.dtype, ids)
         except torch.OutOfMemoryError as error:

@@ -8,7 +8,7 @@ from torch import Tensor
 from deploy.formats.eagle_config import EagleConfig
 from deploy.formats.speculators import EagleDirectory
 from deploy.runtime.gpu_backend import GpuBackend
-from deploy.runtime.gpu_forward import Stream, run_layer, write_chain
+from deploy.runtime.gpu_forward import Stream, check_shape, run_layer, write_chain
 from deploy.runtime.gpu_graphs import Computed
 from deploy.runtime.gpu_inputs import RowInputs
 from deploy.runtime.gpu_loader import load_eagle, too_large
@@ -30,6 +30,7 @@ class GpuEagle(GpuModel):
     def open(cls, head: EagleDirectory, target: GpuBackend) -> GpuEagle:
         """A head of a directory. Raises ValueError for one that does not fit the target."""
         head.config.check_target(target.shape)
+        check_shape(head.config.layer)
         device = target.device
         try:
             weights = load_eagle(head, device.torch_device, device.dtype)

@@ -12,10 +12,21 @@ import torch
 from torch import Tensor
 
 from deploy.formats.architectures import ModelShape
+from deploy.kernels.gpu import attention, rms_norm
 from deploy.runtime.gpu_cache import SlotCache
 from deploy.runtime.gpu_inputs import RowInputs
 from deploy.runtime.gpu_ops import Ops
 from deploy.runtime.gpu_weights import Layer
+
+
+def check_shape(shape: ModelShape) -> None:
+    """Raise ValueError, before anything is loaded, for sizes that the kernels do not know."""
+    for key, size, largest in (
+        ("head_dim", shape.head_dim, max(attention.CONFIGS)),
+        ("hidden_size", shape.hidden_size, max(rms_norm.CONFIGS)),
+    ):
+        if size > largest:
+            raise ValueError(f"{key}={size} is larger than the {largest} that the GPU kernels know; use --device cpu")
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,8 @@
-"""Every instruction set that this machine has; and Triton's interpreter where it has no GPU."""
-
-import os
+"""Every instruction set that this machine has."""
 
 import pytest
-import torch
 
 from deploy.kernels.cpu.library import ISAS, supported_isas
-
-# Before any test module imports triton: what is decorated afterwards is interpreted.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(params=ISAS)

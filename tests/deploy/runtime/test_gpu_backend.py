@@ -210,7 +210,7 @@ def test_slots_are_used_again(backend):
     """What is dropped, truncated or reset is free; so caches stay small."""
     fill(backend, range(60))
     before = backend.cache_bytes
-    for i in range(60):
+    for i in range(25):
         backend.forward([Row(token, 60) for token in range(40)], logit_rows=[])
         backend.truncate(0, 60)
         fill(backend, range(50), 1 + i)
@@ -415,6 +415,12 @@ def test_a_weight_that_is_not_finite_names_its_layer(tmp_path, tiny):
     data[begin : begin + 2] = b"\x80\x7f"  # infinity in bfloat16
     file.write_bytes(data)
     with pytest.raises(FormatError, match=r"model\.layers\.1\.mlp\.up_proj.*not finite"):
+        GpuBackend.open(path, torch_device())
+
+
+def test_sizes_that_no_kernel_knows_are_refused(tmp_path, tiny):
+    path = tiny.model(tmp_path / "m", tiny.config(head_dim=288, num_attention_heads=1, num_key_value_heads=1), None)
+    with pytest.raises(ValueError, match="head_dim=288 is larger than the 256 that the GPU kernels know"):
         GpuBackend.open(path, torch_device())
 
 

@@ -1,6 +1,5 @@
-"""Kernels run on the GPU if there is one, else in Triton's interpreter on CPU tensors."""
+"""Kernels run on the GPU if there is one, else in Triton's interpreter on CPU tensors (tests/conftest.py)."""
 
-import os
 from collections.abc import Callable
 
 import numpy as np
@@ -9,10 +8,6 @@ import torch
 
 from deploy.formats.packed import GroupedInt
 from deploy.formats.safetensors_file import from_bfloat16, to_bfloat16
-
-# Before any test module imports triton: what is decorated afterwards is interpreted.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
