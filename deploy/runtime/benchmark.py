@@ -250,8 +250,8 @@ def _mbsu(entry: Entry, tau: float, nodes: float) -> float | None:
     """Memory-bound speed-up (arXiv 2411.11055): τ / (c·γ + 1), c the drafter's bytes over the target's as served."""
     if entry.drafting_model is None:
         return None
-    memory = entry.memory()
-    if not {entry.drafting_model, "target"} <= set(memory):
+    drafter, target = (getattr(entry.models.get(role), "read_bytes", None) for role in (entry.drafting_model, "target"))
+    if drafter is None or target is None:
         return None
-    share = memory[entry.drafting_model]["weight_bytes"] / memory["target"]["weight_bytes"]
+    share = drafter / target
     return round(tau / (share * nodes + 1), 4)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from deploy.formats.model_dir import ModelDirectory
 from deploy.kernels.cpu.library import Call, Float32, Sampling, native, pointer, require, shared_runtime
 from deploy.runtime.backend import SEQUENCE_END, Forward, ForwardTokens, Row, check_rows, per_row
-from deploy.runtime.cpu_loader import check_shape, load_language_model
+from deploy.runtime.cpu_loader import GROUP, check_shape, load_language_model
 from deploy.runtime.cpu_model import CpuModel
 from deploy.runtime.cpu_sampling import native_sampling
 from deploy.runtime.sampling import SamplingParams, not_finite
@@ -41,9 +41,15 @@ class CpuBackend(CpuModel):
         if ids is not None and (not ids.size or ids[0] < 0 or ids[-1] >= shape.vocab_size or (np.diff(ids) <= 0).any()):
             raise ValueError(f"head_ids must ascend and lie in 0 … {shape.vocab_size - 1}")
         check_shape(shape)
+        has_lookup_matrix = shape.tied_embeddings and ids is not None  # otherwise it is the head's, or the file's
+        self._lookup_bytes = has_lookup_matrix * shape.vocab_size * shape.hidden_size * (GROUP + 4) // GROUP
         self._num_logits = shape.vocab_size if ids is None else len(ids)
         runtime = shared_runtime(threads)
         super().__init__(load_language_model(opened, runtime, ids), shape, runtime)
+
+    @property
+    def read_bytes(self) -> int:
+        return self.weight_bytes - self._lookup_bytes
 
     @property
     def feature_layers(self) -> tuple[int, ...]:

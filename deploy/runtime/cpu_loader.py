@@ -16,7 +16,7 @@ from deploy.formats.quantization_config import INT_FORMAT, QuantizationGroup
 from deploy.formats.speculators import EMBEDDING, EagleDirectory
 from deploy.kernels.cpu.library import Runtime, Shape, SourceWeights, native, native_error, pointer, require
 
-_GROUP = 32  # inputs quantized together
+GROUP = 32  # inputs quantized together
 _LANES = 16
 _LINEARS = (
     "self_attn.q_proj",
@@ -47,8 +47,8 @@ def check_shape(shape: ModelShape) -> None:
     sizes = {"hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size}
     sizes["num_heads·head_dim"] = shape.num_heads * shape.head_dim
     for key, size in sizes.items():
-        if size % _GROUP:
-            raise ValueError(f"{key}={size} is not a multiple of {_GROUP}; such models are not supported")
+        if size % GROUP:
+            raise ValueError(f"{key}={size} is not a multiple of {GROUP}; such models are not supported")
     if shape.head_dim % _LANES:
         raise ValueError(f"head_dim={shape.head_dim} is not a multiple of {_LANES}; such models are not supported")
 
@@ -137,8 +137,8 @@ class _LanguageModelLoader(_Loader):
         return SourceWeights((num_out, num_in), values, self._directory.dtype(name), row_ids=row_ids)
 
     def _grouped(self, name: str, group: QuantizationGroup) -> SourceWeights:
-        if group.group_size is not None and group.group_size % _GROUP:
-            raise ValueError(f"group_size={group.group_size} is not a multiple of {_GROUP}; use 32, 64 or 128")
+        if group.group_size is not None and group.group_size % GROUP:
+            raise ValueError(f"group_size={group.group_size} is not a multiple of {GROUP}; use 32, 64 or 128")
         files, layer, inputs = self._directory, self._directory.layers[name], self._directory.inputs(name)
         scale, dtype, minimum = files.array(f"{name}.weight_scale"), files.dtype(f"{name}.weight_scale"), None
         has_float_minimum = f"{name}.weight_min" in files

@@ -53,6 +53,11 @@ class CpuModel:
         return int(native().us_model_weight_bytes(self.handle))
 
     @property
+    def read_bytes(self) -> int:
+        """What a token reads of them: of a matrix that is an embedding alone it reads a row, which is not counted."""
+        return self.weight_bytes
+
+    @property
     def cache_bytes(self) -> int:
         """Memory of all sequences' keys and values."""
         return int(native().us_model_cache_bytes(self.handle))

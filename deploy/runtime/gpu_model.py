@@ -25,7 +25,7 @@ from deploy.runtime.gpu_inputs import BUCKETS, MOST_ANCESTORS, RowInputs, bucket
 from deploy.runtime.gpu_levels import Levels
 from deploy.runtime.gpu_ops import Ops
 from deploy.runtime.gpu_sampling import greedy_rows
-from deploy.runtime.gpu_weights import Matrix16, num_bytes
+from deploy.runtime.gpu_weights import Head, LanguageModel, Matrix16, num_bytes, read_bytes
 from deploy.runtime.sampling import SamplingParams, not_finite
 from deploy.runtime.tree import Draft, TreeLimits
 
@@ -56,10 +56,15 @@ class GpuModel(ABC):
     """Where a forward's time changes: rows between two buckets cost what the larger one costs."""
 
     def __init__(
-        self, device: Device, shape: ModelShape, weights: object, head_ids: Tensor | None, num_states: int = 0
+        self,
+        device: Device,
+        shape: ModelShape,
+        weights: LanguageModel | Head,
+        head_ids: Tensor | None,
+        num_states: int = 0,
     ) -> None:
         self.device, self._shape, self.head_ids, self._num_states = device, shape, head_ids, num_states
-        self._weight_bytes = num_bytes(weights)
+        self._weight_bytes, self._read_bytes = num_bytes(weights), read_bytes(weights)
         self._cache = SlotCache(shape, device.torch_device)
         cosine, sine = (
             torch.from_numpy(table).to(device.torch_device)
@@ -82,6 +87,11 @@ class GpuModel(ABC):
     def weight_bytes(self) -> int:
         """Memory of the packed weights."""
         return self._weight_bytes
+
+    @property
+    def read_bytes(self) -> int:
+        """What a token reads of them: of a matrix that is an embedding alone it reads a row, which is not counted."""
+        return self._read_bytes
 
     @property
     def cache_bytes(self) -> int:

@@ -61,6 +61,13 @@ class Head:
     head_ids: torch.Tensor
 
 
+def read_bytes(weights: LanguageModel | Head) -> int:
+    """What a token reads: all, but of a matrix that serves as embedding alone a row, which is not counted."""
+    embedding = weights.embedding
+    is_lookup = embedding is not None and embedding.data_ptr() != weights.head.weight.data_ptr()
+    return num_bytes(weights) - (num_bytes(embedding) if is_lookup else 0)
+
+
 def num_bytes(weights: object) -> int:
     """Memory of all tensors; one that several parts share counts once."""
     found = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in _tensors(weights)}
