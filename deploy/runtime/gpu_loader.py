@@ -48,11 +48,11 @@ class _Loader:
         """
         bias = np.concatenate(biases) if biases else None
         if inputs is None:
-            return self._real(parts, bias)
+            return self._for_16_bits(parts, bias)
         weight = _one_symmetric_scale_an_output(parts)
         on_device = None if bias is None else self.vector(bias)
         if weight is None:
-            return RowScaled(self._grid(inputs, self._dtype), self._real(parts, None), on_device)
+            return RowScaled(self._grid(inputs, self._dtype), self._for_16_bits(parts, None), on_device)
         pack = pack_w4_channel if weight.bits == _KERNEL_BITS else pack_w8
         return RowScaled(self._grid(inputs, torch.int8), pack(weight, self._device, on_device))
 
@@ -61,8 +61,8 @@ class _Loader:
         copies = None if inputs.flatten is None else pack_copies(inputs, self._device)
         return InputGrid(inputs.grid.bits, scale, copies, dtype)
 
-    def _real(self, parts: Sequence[Weight], bias: Float32 | None) -> W4 | Matrix16:
-        """Packed where all are 4-bit groups alike, else 16 bits.
+    def _for_16_bits(self, parts: Sequence[Weight], bias: Float32 | None) -> W4 | Matrix16:
+        """What multiplies 16-bit inputs: packed where all are 4-bit groups alike, else 16 bits.
 
         8-bit groups have no kernel of their own: they become 16 bits, twice their size.
         """

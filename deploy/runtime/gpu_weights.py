@@ -52,7 +52,7 @@ Matrix = W4 | Matrix16 | RowScaled
 
 
 def input_type(matrix: Matrix, dtype: torch.dtype) -> torch.dtype:
-    """Of what a matrix reads: fp32 where that is quantized yet, which rounding twice would change; else `dtype`."""
+    """Of what a matrix reads: fp32 where it quantizes that, since rounding before would change codes; else `dtype`."""
     return torch.float32 if isinstance(matrix, RowScaled) else dtype
 
 

@@ -38,7 +38,7 @@ EIGHT_BITS = [TOKEN, ActivationGrid(8, "tensor")]
 # In deviations of the logits, about twice the largest seen. What rounds weights to bfloat16 is the farthest.
 FINE = {"largest": 0.6, "mean": 0.06}
 # Codes of 4 bits are coarse: noise of 2.5e-4 on what the reference's attention gives moves the reference's own logits
-# by up to 1.2 deviations, 0.09 in the mean. Of such a model as a whole little more can be asked than that it agrees.
+# by up to 1.2 deviations, 0.11 in the mean. Of such a model as a whole little more can be asked than that it agrees.
 COARSE = {"largest": 2.0, "mean": 0.15}
 
 
