@@ -172,7 +172,7 @@ class GpuBackend(GpuModel):
         write_chain(self._cache, inputs)
         stream = Stream(self.embed(inputs.tokens))
         run_layers(self._context, self.weights.layers, inputs, stream, taps)
-        normed = stream.norm(self._context, self.weights.norm)
+        normed = stream.norm(self._context, self.weights.norm, self.device.dtype)
         stream.tap(self._shape.num_layers, taps)
         if not has_head:
             return Computed(stream.residual, None, None, stream.taps)

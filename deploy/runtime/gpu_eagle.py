@@ -68,7 +68,7 @@ class GpuEagle(GpuModel):
         joined = torch.cat((embedded, state.to(dtype)), dim=1)
         stream = Stream(state if self._config.norm_before_residual else inputs.states.clone())
         run_layer(context, 0, weights.layer, inputs, stream, joined)
-        normed = stream.norm(context, weights.norm)
+        normed = stream.norm(context, weights.norm, dtype)
         if not has_head:
             return Computed(stream.residual, None, None, {})
         asked = normed if head_rows is None else normed[head_rows]

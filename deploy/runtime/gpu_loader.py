@@ -9,12 +9,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from deploy.formats.activations import LayerInputs
 from deploy.formats.errors import FormatError
 from deploy.formats.model_dir import ModelDirectory
 from deploy.formats.packed import GroupedInt
 from deploy.formats.speculators import EMBEDDING, EagleDirectory
+from deploy.kernels.gpu.flatten import pack_copies
+from deploy.kernels.gpu.w4a8 import pack_w4_channel
 from deploy.kernels.gpu.w4a16 import GROUP_SIZES, W4, pack_w4
-from deploy.runtime.gpu_weights import Head, LanguageModel, Layer, Matrix16
+from deploy.kernels.gpu.w8a8 import pack_w8
+from deploy.runtime.gpu_weights import Head, InputGrid, LanguageModel, Layer, Matrix, Matrix16, RowScaled
 
 Float32 = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -36,12 +40,32 @@ class _Loader:
         weight = torch.from_numpy(np.ascontiguousarray(values)).to(self._device).to(self._dtype)
         return Matrix16(weight, None if bias is None else self.vector(bias))
 
-    def matrix(self, parts: Sequence[Weight], biases: Sequence[Float32]) -> W4 | Matrix16:
-        """Layers that read the same input, side by side: packed where all are 4-bit groups alike, else 16 bits.
+    def matrix(self, parts: Sequence[Weight], biases: Sequence[Float32], inputs: LayerInputs | None = None) -> Matrix:
+        """Layers that read the same input, side by side. inputs: how all of them quantize it, if they do.
+
+        Such layers multiply integers where `_one_symmetric_scale_an_output` says so; others take codes for 16-bit
+        numbers, which hold them exactly.
+        """
+        bias = np.concatenate(biases) if biases else None
+        if inputs is None:
+            return self._for_16_bits(parts, bias)
+        weight = _one_symmetric_scale_an_output(parts)
+        on_device = None if bias is None else self.vector(bias)
+        if weight is None:
+            return RowScaled(self._grid(inputs, self._dtype), self._for_16_bits(parts, None), on_device)
+        pack = pack_w4_channel if weight.bits == _KERNEL_BITS else pack_w8
+        return RowScaled(self._grid(inputs, torch.int8), pack(weight, self._device, on_device))
+
+    def _grid(self, inputs: LayerInputs, dtype: torch.dtype) -> InputGrid:
+        scale = None if inputs.scale is None else torch.tensor([inputs.scale], dtype=torch.float32).to(self._device)
+        copies = None if inputs.flatten is None else pack_copies(inputs, self._device)
+        return InputGrid(inputs.grid.bits, scale, copies, dtype)
+
+    def _for_16_bits(self, parts: Sequence[Weight], bias: Float32 | None) -> W4 | Matrix16:
+        """What multiplies 16-bit inputs: packed where all are 4-bit groups alike, else 16 bits.
 
         8-bit groups have no kernel of their own: they become 16 bits, twice their size.
         """
-        bias = np.concatenate(biases) if biases else None
         grouped = [part for part in parts if isinstance(part, GroupedInt)]
         forms = {(part.bits, part.group_size, part.zero_point is None) for part in grouped}
         bits, group_size, _ = next(iter(forms), (0, 0, False))
@@ -62,6 +86,29 @@ def _side_by_side(parts: Sequence[GroupedInt]) -> GroupedInt:
         parts[0].bits,
         parts[0].group_size,
         np.concatenate(zeros) if zeros else None,
+    )
+
+
+def _one_symmetric_scale_an_output(parts: Sequence[Weight]) -> GroupedInt | None:
+    """The same weights side by side in 4 bits, or in 8 where one of them has 8 or a zero point beside the middle.
+
+    None where one has several scales an output or a float minimum, or code − zero point beyond 8 bits.
+    """
+    codes, scales = [], []
+    for part in parts:
+        if not isinstance(part, GroupedInt) or part.group_size != part.shape[1] or part.zero_point is None:
+            return None
+        codes.append(part.q.astype(np.int16) - part.zero_point)
+        scales.append(part.scale)
+    is_small = all(isinstance(p, GroupedInt) and p.bits == _KERNEL_BITS and np.all(p.zero_point == 8) for p in parts)
+    bits = _KERNEL_BITS if is_small else 8
+    middle, shifted = 1 << (bits - 1), np.concatenate(codes)
+    shifted += middle
+    if shifted.min() < 0 or shifted.max() >= 2 * middle:
+        return None
+    num_in = shifted.shape[1]
+    return GroupedInt.from_zero_point(
+        shifted.astype(np.uint8), np.concatenate(scales), middle, bits=bits, group_size=num_in
     )
 
 
@@ -155,11 +202,11 @@ class _LanguageModelLoader:
     def _vector(self, name: str) -> torch.Tensor:
         return self._to.vector(self._float32(f"{name}.weight"))
 
-    def _matrix(self, *names: str) -> W4 | Matrix16:
+    def _matrix(self, *names: str) -> Matrix:
         files = self._directory
         parts: list[Weight] = []
         for name in names:
             parts.append(self._float32(f"{name}.weight") if files.group(name) is None else files.linear(name))
             files.release(name)
         biases = [self._float32(f"{name}.bias") for name in names if f"{name}.bias" in files]
-        return self._to.matrix(parts, biases)
+        return self._to.matrix(parts, biases, files.inputs(names[0]))  # its reader has checked that they agree

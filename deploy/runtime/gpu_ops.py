@@ -13,8 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deploy.kernels.gpu import attention, embedding, linear16, rms_norm, rope_cache, sampling, silu_mul, w4a16
-from deploy.runtime.gpu_weights import Matrix16
+from deploy.kernels.gpu import (
+    attention,
+    embedding,
+    flatten,
+    linear16,
+    rms_norm,
+    rope_cache,
+    sampling,
+    silu_mul,
+    w4a8,
+    w4a16,
+    w8a8,
+)
+from deploy.runtime.gpu_weights import InputGrid, Matrix, Matrix16, RowScaled
 
 
 @dataclass(frozen=True)
@@ -23,6 +35,11 @@ class Ops:
 
     linear_w4a16: Callable[..., Tensor]
     linear_16: Callable[..., Tensor]
+    linear_w8a8: Callable[..., Tensor]
+    linear_w4a8: Callable[..., Tensor]
+    quantize_rows: Callable[..., tuple[Tensor, Tensor]]
+    quantize_static: Callable[..., tuple[Tensor, Tensor]]
+    quantize_flattened: Callable[..., tuple[Tensor, Tensor]]
     rms_norm: Callable[..., Tensor]
     add_rms_norm: Callable[..., Tensor]
     silu_mul: Callable[..., Tensor]
@@ -32,11 +49,30 @@ class Ops:
     sample: Callable[..., Tensor]
     candidates: Callable[..., tuple[Tensor, Tensor]]
 
-    def linear(self, x: Tensor, matrix: Any, out_dtype: torch.dtype | None = None) -> Tensor:
-        """x [rows, in] times a packed or a 16-bit matrix: [rows, out] of `out_dtype`, by default that of x."""
+    def linear(self, x: Tensor, matrix: Matrix, out_dtype: torch.dtype | None = None) -> Tensor:
+        """x [rows, in], of the matrix's `input_type`, times it: [rows, out] of `out_dtype`, by default that of x."""
+        if isinstance(matrix, RowScaled):
+            return self._row_scaled(*self._quantize(x, matrix.inputs), matrix, out_dtype or x.dtype)
         if isinstance(matrix, Matrix16):
             return self.linear_16(x, matrix.weight, matrix.bias, out_dtype=out_dtype)
         return self.linear_w4a16(x, matrix, out_dtype=out_dtype)
+
+    def _quantize(self, x: Tensor, grid: InputGrid) -> tuple[Tensor, Tensor]:
+        """Codes [rows, columns], and scales fp32 [rows] or [1]."""
+        if grid.scale is None:
+            return self.quantize_rows(x, grid.bits, grid.dtype)
+        if grid.copies is None:
+            return self.quantize_static(x, grid.scale, grid.bits, grid.dtype)
+        return self.quantize_flattened(x, grid.scale, grid.copies, grid.dtype)
+
+    def _row_scaled(self, codes: Tensor, scale: Tensor, matrix: RowScaled, out_dtype: torch.dtype) -> Tensor:
+        weight = matrix.weight
+        if isinstance(weight, w8a8.W8):
+            return self.linear_w8a8(codes, scale, weight, out_dtype=out_dtype)
+        if isinstance(weight, w4a8.W4Channel):
+            return self.linear_w4a8(codes, scale, weight, out_dtype=out_dtype)
+        y = self.linear(codes, weight, torch.float32) * scale[:, None]
+        return (y if matrix.bias is None else y + matrix.bias).to(out_dtype)
 
 
 def triton_ops() -> Ops:
@@ -44,6 +80,11 @@ def triton_ops() -> Ops:
     return Ops(
         linear_w4a16=w4a16.linear_w4a16,
         linear_16=linear16.linear_16,
+        linear_w8a8=w8a8.linear_w8a8,
+        linear_w4a8=w4a8.linear_w4a8,
+        quantize_rows=w8a8.quantize_rows,
+        quantize_static=w8a8.quantize_static,
+        quantize_flattened=flatten.quantize_flattened,
         rms_norm=rms_norm.rms_norm,
         add_rms_norm=rms_norm.add_rms_norm,
         silu_mul=silu_mul.silu_mul,
@@ -60,6 +101,11 @@ def reference_ops() -> Ops:
     return Ops(
         linear_w4a16=w4a16.linear_w4a16_reference,
         linear_16=linear16.linear_16_reference,
+        linear_w8a8=w8a8.linear_w8a8_reference,
+        linear_w4a8=w4a8.linear_w4a8_reference,
+        quantize_rows=w8a8.quantize_rows_reference,
+        quantize_static=w8a8.quantize_static_reference,
+        quantize_flattened=flatten.quantize_flattened_reference,
         rms_norm=rms_norm.rms_norm_reference,
         add_rms_norm=rms_norm.add_rms_norm_reference,
         silu_mul=silu_mul.silu_mul_reference,

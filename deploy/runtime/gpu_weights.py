@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from deploy.kernels.gpu.w4a16 import W4
+from deploy.kernels.gpu.flatten import Copies
+from deploy.kernels.gpu.w4a8 import W4Channel
+from deploy.kernels.gpu.w4a16 import W4
+from deploy.kernels.gpu.w8a8 import W8
 
 
 @dataclass(frozen=True)
@@ -21,17 +22,52 @@ class Matrix16:
 
 
 @dataclass(frozen=True)
+class InputGrid:
+    """How the inputs of a matrix are quantized. scale: fp32 [1]; None: each row's own. copies: of flattened ones.
+
+    dtype: of the codes, as the matrix reads them.
+    """
+
+    bits: int
+    scale: torch.Tensor | None
+    copies: Copies | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class RowScaled:
+    """A matrix that reads integers with one scale a row: docs/numerics.md, *Linear layers with whole-row scales*.
+
+    weight: one of integers, with its own bias; or one that multiplies codes as 16-bit numbers, and then `bias`, fp32
+    [out], is added behind the row's scale.
+    """
+
+    inputs: InputGrid
+    weight: W8 | W4Channel | W4 | Matrix16
+    bias: torch.Tensor | None = None
+
+
+Matrix = W4 | Matrix16 | RowScaled
+"""What a linear layer may be."""
+
+
+def input_type(matrix: Matrix, dtype: torch.dtype) -> torch.dtype:
+    """Of what a matrix reads: fp32 where it quantizes that, since rounding before would change codes; else `dtype`."""
+    return torch.float32 if isinstance(matrix, RowScaled) else dtype
+
+
+@dataclass(frozen=True)
 class Layer:
     """A decoder layer. Norms fp32; q, k and v are one matrix, side by side, and so are gate and up."""
 
     input_norm: torch.Tensor
-    qkv: W4 | Matrix16
+    qkv: Matrix
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    output: W4 | Matrix16
+    output: Matrix
     post_attention_norm: torch.Tensor
-    gate_up: W4 | Matrix16
-    down: W4 | Matrix16
+    gate_up: Matrix
+    down: Matrix
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def store_scaled(
     else:
         row_scale = tl.load(row_scale_ptr + m * row_scale_stride, mask=m < num_rows, other=0.0)
         out_scale = tl.load(out_scale_ptr + n, mask=n < num_out, other=0.0)
-        y = acc.to(tl.float32) * row_scale[None, :] * out_scale[:, None]
+        y = acc.to(tl.float32) * out_scale[:, None] * row_scale[None, :]
         if bias_ptr is not None:
             y += tl.load(bias_ptr + n, mask=n < num_out, other=0.0).to(tl.float32)[:, None]
         tl.store(out_ptrs, round_to(y, out_ptr.dtype.element_ty), mask=mask)
@@ -73,7 +73,7 @@ def scaled_reference(
 ) -> Tensor:
     """codes · weightᵀ (integers [out, in]) in float64, where it is exact; scaled as the kernels do, into `out`."""
     sums = (codes.to(torch.float64) @ weight.to(torch.float64).T).to(torch.int32)
-    y = sums.to(torch.float32) * scale[:, None] * out_scale
+    y = sums.to(torch.float32) * out_scale * scale[:, None]
     if bias is not None:
         y += bias.to(torch.float32)
     return out.copy_(y)

@@ -39,6 +39,12 @@ def resolve_dtype(x: Tensor, out: Tensor | None, out_dtype: torch.dtype | None) 
     return out_dtype or (out.dtype if out is not None else x.dtype)
 
 
+def check_static_scale(scale: Tensor) -> None:
+    """Raise ValueError unless `scale` is one number in fp32."""
+    if scale.dtype != torch.float32 or scale.numel() != 1:
+        raise ValueError(f"scale is {scale.dtype} {list(scale.shape)}; a static scale is one float32")
+
+
 def check_bias(bias: Tensor | None, num_out: int) -> None:
     """Raise ValueError unless bias, where there is one, is contiguous and [num_out]."""
     if bias is not None and (tuple(bias.shape) != (num_out,) or not bias.is_contiguous()):

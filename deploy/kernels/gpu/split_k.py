@@ -89,7 +89,7 @@ def _reduce_kernel(
         total += tl.load(partial_ptr + (split * num_rows + row) * num_out + n, mask=mask, other=0)
     y = total.to(tl.float32)
     if IS_SCALED:
-        y = y * tl.load(row_scale_ptr + row * row_scale_stride) * tl.load(out_scale_ptr + n, mask=mask, other=0.0)
+        y = y * tl.load(out_scale_ptr + n, mask=mask, other=0.0) * tl.load(row_scale_ptr + row * row_scale_stride)
     if HAS_BIAS:
         y += tl.load(bias_ptr + n, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + row.to(tl.int64) * num_out + n, round_to(y, out_ptr.dtype.element_ty), mask=mask)
@@ -105,7 +105,7 @@ def reduce_partials(
     """Sum of `partial` over its first axis, in order, into `out` (returned).
 
     partial: fp32 or int32 [splits, rows, out]. row_scale (fp32 [rows], or [1] for all rows) and out_scale (fp32 [out])
-    come together: the sum is multiplied by one, then the other. bias: [out], added in fp32. out: [rows, out].
+    come together: the sum is multiplied by the latter, then the former. bias: [out], added in fp32. out: [rows, out].
     """
     splits, rows, num_out = partial.shape
     _reduce_kernel[(rows, triton.cdiv(num_out, _REDUCE_BLOCK))](
@@ -144,7 +144,7 @@ def reduce_partials_reference(
         total += part
     total = total.to(torch.float32)
     if row_scale is not None and out_scale is not None:
-        total = total * row_scale[:, None] * out_scale
+        total = total * out_scale * row_scale[:, None]
     if bias is not None:
         total = total + bias.to(torch.float32)
     return out.copy_(total)

@@ -106,7 +106,7 @@ def linear_w4a8(
     out: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """(codes · (weight codes − 8)ᵀ) · scale · weight scale + bias.
+    """(codes · (weight codes − 8)ᵀ) · weight scale · scale + bias, rounded in this order (docs/numerics.md).
 
     codes: int8 [rows, in], of 8- or 4-bit activations. scale: fp32 [rows], or [1] for all rows. Returns [rows, out] of
     `out_dtype`, in `out` where one is given. Raises ValueError where shapes or types do not fit.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deploy.formats.packed import GroupedInt
 from deploy.kernels.gpu.epilogue import check_activations, check_per_output, scaled_reference, store_scaled
-from deploy.kernels.gpu.operands import OUT_TYPES, check_bias, check_input, output_for
+from deploy.kernels.gpu.operands import OUT_TYPES, check_bias, check_input, check_static_scale, output_for
 from deploy.kernels.gpu.split_k import plan_launch, reduce_partials, row_stride
 from deploy.kernels.gpu.tiles import DECODE_BUCKETS, PREFILL, Tile, tile_for
 
@@ -79,15 +79,15 @@ def _quantize_kernel(
         bounded = tl.minimum(tl.maximum(x * inverse, -LIMIT * 1.0), LIMIT * 1.0)
         # Adding 1.5·2^23 leaves no bits for fractions, and rounds ties to even.
         rounded = (bounded + 12582912.0) - 12582912.0
-        tl.store(codes_ptr + row * num_in + block * BLOCK + i, rounded.to(tl.int8), mask=mask)
+        tl.store(codes_ptr + row * num_in + block * BLOCK + i, rounded.to(codes_ptr.dtype.element_ty), mask=mask)
 
 
-def _quantize(x: Tensor, static_scale: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
+def _quantize(x: Tensor, static_scale: Tensor | None, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if bits not in (4, 8):
         raise ValueError(f"bits={bits} is not supported; use 4 or 8")
     check_input(x, x.shape[-1], OUT_TYPES)
     rows, num_in = x.shape
-    codes = torch.empty((rows, num_in), dtype=torch.int8, device=x.device)
+    codes = torch.empty((rows, num_in), dtype=dtype, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device) if static_scale is None else static_scale
     limit = (1 << (bits - 1)) - 1
     _quantize_kernel[(rows,)](
@@ -105,34 +105,36 @@ def _quantize(x: Tensor, static_scale: Tensor | None, bits: int) -> tuple[Tensor
     return codes, scale
 
 
-def quantize_rows(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, bits: int = 8, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     """Activations as integers with a scale per row: absmax / 127 (of 4 bits: 7), ties to even (docs/numerics.md).
 
-    x: fp16, bf16 or fp32 [rows, in]. Returns int8 [rows, in] and fp32 [rows].
+    x: fp16, bf16 or fp32 [rows, in]. Returns integers in `dtype` (int8, or a 16-bit type, which holds them exactly)
+    [rows, in], and fp32 [rows].
     """
-    return _quantize(x, None, bits)
+    return _quantize(x, None, bits, dtype)
 
 
-def quantize_static(x: Tensor, scale: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+def quantize_static(x: Tensor, scale: Tensor, bits: int = 8, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     """The same with a given scale, fp32 [1], above 0: rint(x · (1/scale)); beyond ±127 (±7) cut off."""
-    if scale.dtype != torch.float32 or scale.numel() != 1:
-        raise ValueError(f"scale is {scale.dtype} {list(scale.shape)}; a static scale is one float32")
-    return _quantize(x, scale, bits)
+    check_static_scale(scale)
+    return _quantize(x, scale, bits, dtype)
 
 
-def quantize_rows_reference(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+def quantize_rows_reference(x: Tensor, bits: int = 8, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     absmax = x.to(torch.float32).abs().amax(dim=1)
     # As a tensor: torch turns a division of or by a number into a product with an inverse, rounded twice.
     limit = torch.full_like(absmax, (1 << (bits - 1)) - 1)
     is_tiny = absmax < 2.0**-100
     inverse = torch.where(is_tiny, 0.0, limit / absmax)
-    codes = torch.round(x.to(torch.float32) * inverse[:, None]).to(torch.int8)
+    codes = torch.round(x.to(torch.float32) * inverse[:, None]).to(dtype)
     return codes, torch.where(is_tiny, 0.0, absmax / limit)
 
 
-def quantize_static_reference(x: Tensor, scale: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+def quantize_static_reference(
+    x: Tensor, scale: Tensor, bits: int = 8, dtype: torch.dtype = torch.int8
+) -> tuple[Tensor, Tensor]:
     limit = (1 << (bits - 1)) - 1
-    return torch.round((x.to(torch.float32) * scale.reciprocal()).clamp(-limit, limit)).to(torch.int8), scale
+    return torch.round((x.to(torch.float32) * scale.reciprocal()).clamp(-limit, limit)).to(dtype), scale
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -178,7 +180,7 @@ def linear_w8a8(
     out: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """(codes · weight codesᵀ) · scale · weight scale + bias.
+    """(codes · weight codesᵀ) · weight scale · scale + bias, rounded in this order (docs/numerics.md).
 
     codes: int8 [rows, in]. scale: fp32 [rows], or [1] for all rows. Returns [rows, out] of `out_dtype`, in `out` where
     one is given. Raises ValueError where shapes or types do not fit.

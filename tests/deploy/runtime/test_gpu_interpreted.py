@@ -18,6 +18,7 @@ from deploy.runtime.session import Session
 from tests.deploy.runtime.gpu_rows import (
     VOCABULARY,
     assert_near,
+    assert_row_scaled_layers_equal_the_reference,
     chain,
     decode_path,
     fill,
@@ -44,6 +45,21 @@ def test_a_tree_behind_a_text_is_near_the_reference_and_equals_its_paths_alone(t
         found.append(each.forward(rows).logits)
     assert_near(*found)
     np.testing.assert_array_equal(decode_path(backend, context, [2, 3], 1), found[0][[1, 2]])
+
+
+def test_layers_that_quantize_their_inputs_are_the_reference_and_a_tree_its_paths(tmp_path, tiny, monkeypatch):
+    """One layer with flattened inputs, whole rows and groups of weights."""
+    kinds = {
+        pattern.replace("layers.0.", ""): kind for pattern, kind in tiny.MIXED.items() if "layers.1" not in pattern
+    }
+    config = tiny.config("qwen2", num_hidden_layers=1, intermediate_size=64, hidden_size=64, num_attention_heads=4)
+    path = tiny.model(tmp_path / "m", config, kinds)
+    backend = GpuBackend.open(path, kernel_device())
+    context, rows = [5, 6, 7], [Row(1, 3), Row(2, 3), Row(3, 4, 0, 1)]
+    fill(backend, context)
+    assert assert_row_scaled_layers_equal_the_reference(backend, path, rows, monkeypatch) == (2, 2)
+    logits = backend.forward(rows).logits
+    np.testing.assert_array_equal(decode_path(backend, context, [2, 3], 1), logits[[1, 2]])
 
 
 MODELS = [

@@ -25,8 +25,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from deploy.formats.activations import ActivationGrid, LayerInputs
 from deploy.formats.packed import GroupedInt
-from deploy.kernels.gpu import linear16, split_k, w4a8, w4a16, w8a8
+from deploy.kernels.gpu import flatten, linear16, split_k, w4a8, w4a16, w8a8
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 POINTERS = {
@@ -128,7 +129,16 @@ def main() -> None:
         report(f"w4a8, {rows} rows", w4a8, "_kernel", partial(w4a8.linear_w4a8, *quantized, weight_4))
     sums, out = torch.zeros(4, 5, 256), torch.zeros(5, 256, dtype=torch.bfloat16)
     report("reduce_partials", split_k, "_reduce_kernel", partial(split_k.reduce_partials, sums, out))
-    report("quantize_rows", w8a8, "_quantize_kernel", partial(w8a8.quantize_rows, matrix))
+    x, scale = torch.zeros(256, num_in), torch.ones(1)
+    channels = np.arange(2 * num_in, dtype=np.int32) // 2
+    copies = flatten.pack_copies(LayerInputs(ActivationGrid(4, "tensor"), 1.0, channels), "cpu")
+    for dtype in (torch.int8, torch.bfloat16):
+        quantize = partial(w8a8.quantize_rows, x, dtype=dtype)
+        report(f"quantize_rows, {dtype}", w8a8, "_quantize_kernel", quantize)
+        quantize = partial(w8a8.quantize_static, x, scale, dtype=dtype)
+        report(f"quantize_static, {dtype}", w8a8, "_quantize_kernel", quantize)
+        quantize = partial(flatten.quantize_flattened, x, scale, copies, dtype)
+        report(f"quantize_flattened, {dtype}", flatten, "_flatten_kernel", quantize)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[4]
-WITHOUT_DOTS = ("reduce_partials", "quantize_rows")
+WITHOUT_DOTS = ("reduce_partials", "quantize")
 SHARED_LIMITS = {"90": 227 << 10, "89": 99 << 10}
 """Capability → bytes of shared memory that a program may have. 8.9 has the least from 8.0 on."""
 
@@ -36,9 +36,9 @@ def test_linear_kernels_fit_the_device_with_one_kind_of_dot_in_all_buckets(
 ) -> None:
     """Another instruction could add its products in another order."""
     launches = launches_of("compile_linear", capability, tmp_path)
-    assert len(launches) == 22
+    assert len(launches) == 27
     for name, dot in launches:
-        assert dot == ("none" if name in WITHOUT_DOTS else instruction), name
+        assert dot == ("none" if name.startswith(WITHOUT_DOTS) else instruction), name
 
 
 @pytest.mark.slow
