@@ -631,20 +631,22 @@ void measure_read(const uint8_t* data, size_t bytes) {
   use(max(max(a, b), max(c, d)));
 }
 
-// One group of eight-bit codes for four rows: 2 · 16 · 32 products a row, from memory that stays in the first cache.
+// A group of eight-bit codes for as many rows as are computed together, over and over, from memory that stays in the
+// first cache: 2 · 16 · 32 products a row, and nothing else.
 void measure_dot(int64_t rounds) {
   alignas(64) uint8_t codes[1024];
-  alignas(64) int8_t inputs[4 * kGroup];
+  alignas(64) int8_t inputs[kMaxBlock * kGroup];
   __builtin_memset(codes, 3, sizeof codes);
   __builtin_memset(inputs, 5, sizeof inputs);
-  const int32_t start[4] = {};
+  Ints sums[2][kMaxBlock];
+  for (int r = 0; r < kMaxBlock; ++r) sums[0][r] = sums[1][r] = set1_ints(0);
   for (int64_t i = 0; i < rounds; ++i) {
-    Ints dots[2][4];
-    dot_group<8, true, 4>(codes, inputs, start, dots);
-    for (int r = 0; r < 4; ++r) {
-      use(to_floats(dots[0][r]));
-      use(to_floats(dots[1][r]));
-    }
+    accumulate_group<8, kMaxBlock>(codes, inputs, sums);
+    __asm__ volatile("" : : : "memory");  // the next round loads again
+  }
+  for (int r = 0; r < kMaxBlock; ++r) {
+    use(to_floats(sums[0][r]));
+    use(to_floats(sums[1][r]));
   }
 }
 
@@ -654,7 +656,7 @@ constexpr Kernels kTable = {
     rotate,      to_half,      widen,        attend,     attend_finish, embed,          to_float32,
     quantize_weights, find_maximum, divide, find_above, sum_exp, exp_difference, log_one,
     add_noise,
-    measure_read, measure_dot, 4.0 * kTile * kGroup,
+    measure_read, measure_dot, double{kMaxBlock} * kTile * kGroup,
 };
 
 }  // namespace
