@@ -32,11 +32,18 @@ LOG_SECONDS = 5.0
 
 
 def keyed(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of `generate` that enters the stage's key: no paths, nothing that changes no byte."""
+    """The part of `generate` that enters the stage's key: no paths, nothing that changes no byte.
+
+    The runtime's GPU backend rounds otherwise than its CPU's, so where a GPU writes, that is part of the key.
+    """
+    from deploy.runtime.devices import choose_backend
+
     prompts = {key: value for key, value in config["prompts"].items() if key != "path"}
     engine = {key: value for key, value in config["engine"].items() if key not in UNKEYED_ENGINE_KEYS}
-    if config["engine"]["kind"] == "runtime" and config["engine"]["device"] != "cpu":
-        engine["device"] = config["engine"]["device"]  # the runtime's GPU backend rounds otherwise than its CPU's
+    if config["engine"]["kind"] == "runtime":
+        device = config["engine"]["device"]
+        if (choose_backend("auto", 0) if device == "auto" else device) == "gpu":
+            engine["device"] = "gpu"
     return {**config, "prompts": prompts, "engine": engine}
 
 

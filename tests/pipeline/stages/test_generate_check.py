@@ -131,10 +131,20 @@ def test_what_changes_no_byte_is_no_key(composed: Any, tmp_path: Path) -> None:
     assert generate.keyed(servers[0]) != generate.keyed(composed(*SERVER, "generate.engine.model=n"))
 
 
-def test_the_runtimes_device_is_a_key_where_it_is_not_the_cpu(composed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = [generate.keyed(composed(f"generate.engine.device={device}")) for device in ("cpu", "auto", "gpu")]
-    assert "device" not in keys[0]["engine"]
-    assert [key["engine"]["device"] for key in keys[1:]] == ["auto", "gpu"]
+@pytest.mark.parametrize("chosen", ["cpu", "gpu"])
+def test_the_runtimes_device_is_a_key_where_it_is_a_gpu(
+    composed: Any, monkeypatch: pytest.MonkeyPatch, chosen: str
+) -> None:
+    monkeypatch.setattr("deploy.runtime.devices.choose_backend", lambda name, weight_bytes: chosen)
+    on_cpu, on_auto, on_gpu = (
+        generate.keyed(composed(f"generate.engine.device={device}")) for device in ("cpu", "auto", "gpu")
+    )
+    assert "device" not in on_cpu["engine"]
+    assert on_gpu["engine"]["device"] == "gpu"
+    assert on_auto == (on_gpu if chosen == "gpu" else on_cpu)
+
+
+def test_a_gpu_asked_for_by_name_must_be_there(composed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deploy.runtime.devices.find_driver", lambda: None)
     generate.check(composed("generate.engine.device=auto"))
     with pytest.raises(ValueError, match="there is no NVIDIA driver"):
