@@ -416,7 +416,7 @@ def test_paths_that_do_not_fit_are_refused_as_by_the_reference(directory, refere
     backend.keep(0, [0, 2])
     with pytest.raises(ValueError, match="row 0 does not follow row -1"):
         backend.keep(0, [0])
-    with pytest.raises(ValueError, match="sequence 77 had no rows"):
+    with pytest.raises(ValueError, match=r"row 0 does not follow row -1 .* sequence 77"):
         backend.keep(77, [0])
     backend.keep(77, [])
     backend.keep(1, [3])
