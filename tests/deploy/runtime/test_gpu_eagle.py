@@ -15,7 +15,7 @@ from deploy.runtime.gpu_backend import GpuBackend
 from deploy.runtime.gpu_eagle import GpuEagle
 from deploy.runtime.sampling import SamplingParams
 from deploy.runtime.tree import TreeLimits
-from tests.deploy.runtime.gpu_rows import torch_device
+from tests.deploy.runtime.gpu_devices import torch_device
 
 VOCABULARY, HIDDEN = 263, 96
 OWNER = Owner("c" * 64, {"model.safetensors": "f" * 64}, "a" * 64, "b" * 64)
