@@ -132,9 +132,10 @@ class GpuModel(ABC):
             with Levels(self, self._cache, sequence, end, fitted, sampling, sample_index) as levels:
                 draft = grow(fitted, levels.first(computed), levels.expand)
         except NotFiniteError as error:
-            self._cache.truncate(sequence, length)
+            self._cache.drop_rows()
             raise ValueError(not_finite(end + self.drafted_offset - 1)) from error  # or of what follows
         self._cache.keep(sequence, range(len(tokens)))
+        self._cache.drop_rows()
         return draft
 
     def _read(self, sequence: int, tokens: Sequence[int], features: Float32 | None) -> Computed:
