@@ -16,6 +16,7 @@ NATIVE = (
     "tests/deploy/runtime/test_loading.py",
     "tests/deploy/runtime/test_cpu_backend.py",
     "tests/deploy/runtime/test_cpu_eagle.py",
+    "tests/deploy/runtime/test_eagle.py",
     "tests/deploy/runtime/test_cpu_row_scales.py",
     "tests/deploy/runtime/test_draft.py",
 )

@@ -64,6 +64,13 @@ def test_a_tree_is_near_the_references(backend, reference):
     reference.reset(0)
 
 
+def test_states_stay_on_the_host_in_float32(directory):
+    """What a drafter reads of the target, whatever the device computes in."""
+    backend = GpuBackend.open(directory, torch_device(torch.float16))
+    taps = backend.forward([Row(1, 0)], taps=[0, 2]).taps
+    assert {values.dtype for values in taps.values()} == {np.dtype(np.float32)}
+
+
 def test_slots_are_used_again(backend):
     """What is dropped, truncated or reset is free; so caches stay small."""
     fill(backend, range(60))
