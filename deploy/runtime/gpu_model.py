@@ -119,11 +119,7 @@ class GpuModel(ABC):
         sampling: SamplingParams,
         sample_index: int = 0,
     ) -> Draft:
-        """As of a DraftModel (deploy/runtime/drafters/base.py).
-
-        Drops all rows that were not kept. Raises ValueError for what does not fit, and when logits are not finite; the
-        cache is then as it was.
-        """
+        """As of a DraftModel (deploy/runtime/drafters/base.py)."""
         length = self.length(sequence)
         fitted = fit_draft(tokens, features, limits, shape=self._shape, num_features=self._num_states, length=length)
         end = length + len(tokens)

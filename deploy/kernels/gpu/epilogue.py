@@ -54,18 +54,15 @@ def store_scaled(
     IS_PARTIAL: tl.constexpr,
 ) -> None:
     """Write int32 sums [outputs n, rows m]: as they are where partial, else times both scales, plus bias."""
-    rows = tl.program_id(2) * num_rows + m
-    out_ptrs = out_ptr + rows.to(tl.int64)[None, :] * num_out + n[:, None]
-    mask = (n < num_out)[:, None] & (m < num_rows)[None, :]
     if IS_PARTIAL:
-        tl.store(out_ptrs, acc, mask=mask)
+        rows = tl.program_id(2) * num_rows + m
+        out_ptrs = out_ptr + rows.to(tl.int64)[None, :] * num_out + n[:, None]
+        tl.store(out_ptrs, acc, mask=(n < num_out)[:, None] & (m < num_rows)[None, :])
     else:
         row_scale = tl.load(row_scale_ptr + m * row_scale_stride, mask=m < num_rows, other=0.0)
         out_scale = tl.load(out_scale_ptr + n, mask=n < num_out, other=0.0)
         y = acc.to(tl.float32) * out_scale[:, None] * row_scale[None, :]
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + n, mask=n < num_out, other=0.0).to(tl.float32)[:, None]
-        tl.store(out_ptrs, round_to(y, out_ptr.dtype.element_ty), mask=mask)
+        store_sums(y, bias_ptr, out_ptr, n, m, num_rows, num_out)
 
 
 class ScaledWeight(Protocol):
@@ -143,11 +140,18 @@ def check_per_output(weight: GroupedInt, bits: int) -> None:
 
 
 def scaled_reference(
-    codes: Tensor, scale: Tensor, weight: Tensor, out_scale: Tensor, bias: Tensor | None, out: Tensor
+    codes: Tensor,
+    scale: Tensor,
+    integers: Tensor,
+    weight: ScaledWeight,
+    out: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    """codes · weightᵀ (integers [out, in]) in float64, where it is exact; scaled as the kernels do, into `out`."""
-    sums = (codes.to(torch.float64) @ weight.to(torch.float64).T).to(torch.int32)
-    y = sums.to(torch.float32) * out_scale * scale[:, None]
-    if bias is not None:
-        y += bias.to(torch.float32)
+    """The same in torch: codes · integersᵀ ([out, in], those of the weight) in float64, where it is exact."""
+    check_activations(codes, scale, weight.num_in)
+    out = output_for(codes, weight.num_out, out, out_dtype)
+    sums = (codes.to(torch.float64) @ integers.to(torch.float64).T).to(torch.int32)
+    y = sums.to(torch.float32) * weight.scale * scale[:, None]
+    if weight.bias is not None:
+        y += weight.bias.to(torch.float32)
     return out.copy_(y)

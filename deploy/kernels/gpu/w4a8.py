@@ -15,14 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from deploy.formats.packed import GroupedInt
-from deploy.kernels.gpu.epilogue import (
-    check_activations,
-    check_per_output,
-    launch_scaled,
-    scaled_reference,
-    store_scaled,
-)
-from deploy.kernels.gpu.operands import check_bias, output_for
+from deploy.kernels.gpu.epilogue import check_per_output, launch_scaled, scaled_reference, store_scaled
+from deploy.kernels.gpu.operands import check_bias
 from deploy.kernels.gpu.packing import pack_halves, unpack_halves
 from deploy.kernels.gpu.tiles import DECODE_BUCKETS, PREFILL, Tile
 
@@ -126,7 +120,5 @@ def linear_w4a8_reference(
     out: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    check_activations(codes, scale, weight.num_in)
-    out = output_for(codes, weight.num_out, out, out_dtype)
-    signed = unpack_halves(weight.codes, weight.num_in).to(torch.int32) - _ZERO
-    return scaled_reference(codes, scale, signed, weight.scale, weight.bias, out)
+    integers = unpack_halves(weight.codes, weight.num_in).to(torch.int32) - _ZERO
+    return scaled_reference(codes, scale, integers, weight, out, out_dtype)

@@ -15,14 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from deploy.formats.packed import GroupedInt
-from deploy.kernels.gpu.epilogue import (
-    check_activations,
-    check_per_output,
-    launch_scaled,
-    scaled_reference,
-    store_scaled,
-)
-from deploy.kernels.gpu.operands import OUT_TYPES, check_bias, check_input, check_static_scale, output_for
+from deploy.kernels.gpu.epilogue import check_per_output, launch_scaled, scaled_reference, store_scaled
+from deploy.kernels.gpu.operands import OUT_TYPES, check_bias, check_input, check_static_scale
 from deploy.kernels.gpu.tiles import DECODE_BUCKETS, PREFILL, Tile
 
 # Inputs of one step: 128 bytes of a weight row, a whole cache line. Reasoned, not yet measured.
@@ -208,6 +202,4 @@ def linear_w8a8_reference(
     out: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    check_activations(codes, scale, weight.num_in)
-    out = output_for(codes, weight.num_out, out, out_dtype)
-    return scaled_reference(codes, scale, weight.codes, weight.scale, weight.bias, out)
+    return scaled_reference(codes, scale, weight.codes, weight, out, out_dtype)

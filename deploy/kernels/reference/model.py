@@ -167,7 +167,7 @@ class ReferenceBackend:
         sampling: SamplingParams,
         sample_index: int = 0,
     ) -> Draft:
-        """As of a DraftModel (deploy/runtime/drafters/base.py); where it raises, the cache is as it was."""
+        """As of a DraftModel (deploy/runtime/drafters/base.py)."""
         length = self.length(sequence)
         fitted = fit_draft(tokens, features, limits, shape=self._shape, num_features=0, length=length)
         start = length + len(tokens) - 1
