@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -121,6 +121,40 @@ def check_rows(
             raise ValueError(f"rows[{index}].position={row.position}, but what it follows ends at {expected}")
         if row.position >= shape.context_length:
             raise ValueError(f"rows[{index}].position={row.position} exceeds the context of {shape.context_length}")
+
+
+def check_outputs(num_rows: int, taps: Sequence[int], logit_rows: Sequence[int] | None, shape: ModelShape) -> None:
+    """Raise ValueError unless the layers of `taps` and, of a call of `num_rows`, the rows of `logit_rows` are there."""
+    for layer in taps:
+        if not 0 <= layer <= shape.num_layers:
+            raise ValueError(f"taps={list(taps)}: layer {layer} is not in 0…{shape.num_layers}")
+    for index in logit_rows or ():
+        if not 0 <= index < num_rows:
+            raise ValueError(f"logit_rows={list(logit_rows or ())}: there are {num_rows} rows")
+
+
+def check_path(sequence: int, path: Sequence[int], rows: Mapping[int, Row]) -> None:
+    """Raise ValueError naming the first row of `path` that does not follow the one before it.
+
+    rows: by index, the rows of the sequence that are provisional.
+    """
+    parent = SEQUENCE_END
+    for index in path:
+        if index not in rows or rows[index].parent != parent:
+            raise ValueError(f"keep: row {index} does not follow row {parent} in the last call's sequence {sequence}")
+        parent = index
+
+
+def check_head_ids(
+    head_ids: Sequence[int] | npt.NDArray[np.int64] | None, shape: ModelShape
+) -> npt.NDArray[np.int64] | None:
+    """As an array, token ids that a head is cut down to; None: it is not. Raises ValueError unless they ascend."""
+    if head_ids is None:
+        return None
+    ids = np.ascontiguousarray(head_ids, dtype=np.int64)
+    if not ids.size or ids[0] < 0 or ids[-1] >= shape.vocab_size or (np.diff(ids) <= 0).any():
+        raise ValueError(f"head_ids must ascend and lie in 0 … {shape.vocab_size - 1}")
+    return ids
 
 
 def per_row(

@@ -11,7 +11,16 @@ import numpy.typing as npt
 
 from deploy.formats.model_dir import ModelDirectory
 from deploy.kernels.cpu.library import Call, Float32, Sampling, native, pointer, require, shared_runtime
-from deploy.runtime.backend import SEQUENCE_END, Forward, ForwardTokens, Row, check_rows, per_row
+from deploy.runtime.backend import (
+    Forward,
+    ForwardTokens,
+    Row,
+    check_head_ids,
+    check_outputs,
+    check_path,
+    check_rows,
+    per_row,
+)
 from deploy.runtime.cpu_loader import GROUP, check_shape, load_language_model
 from deploy.runtime.cpu_model import CpuModel
 from deploy.runtime.cpu_sampling import native_sampling
@@ -37,9 +46,7 @@ class CpuBackend(CpuModel):
     ) -> None:
         opened = directory if isinstance(directory, ModelDirectory) else ModelDirectory.open(directory)
         shape = opened.shape
-        ids = None if head_ids is None else np.ascontiguousarray(head_ids, dtype=np.int64)
-        if ids is not None and (not ids.size or ids[0] < 0 or ids[-1] >= shape.vocab_size or (np.diff(ids) <= 0).any()):
-            raise ValueError(f"head_ids must ascend and lie in 0 … {shape.vocab_size - 1}")
+        ids = check_head_ids(head_ids, shape)
         check_shape(shape)
         has_lookup_matrix = shape.tied_embeddings and ids is not None  # otherwise it is the head's, or the file's
         self._lookup_bytes = has_lookup_matrix * shape.vocab_size * shape.hidden_size * (GROUP + 4) // GROUP
@@ -57,17 +64,11 @@ class CpuBackend(CpuModel):
         return ()
 
     def keep(self, sequence: int, path: Sequence[int]) -> None:
+        first = self._provisional.get(sequence, len(self._rows))
+        provisional = enumerate(self._rows[first:], first)
+        check_path(sequence, path, {index: row for index, row in provisional if row.sequence == sequence})
         if sequence not in self._lengths:
-            if path:
-                raise ValueError(f"keep: sequence {sequence} had no rows in the last call")
             return
-        parent = SEQUENCE_END
-        for index in path:
-            first = self._provisional.get(sequence, len(self._rows))
-            is_row = 0 <= first <= index < len(self._rows)
-            if not is_row or self._rows[index].sequence != sequence or self._rows[index].parent != parent:
-                raise ValueError(f"keep: row {index} does not follow row {parent} in the last call's sequence")
-            parent = index
         rows = np.array(path, dtype=np.int32)
         require(native().us_model_keep(self.handle, sequence, pointer(rows), len(rows)))
         self._lengths[sequence] += len(rows)
@@ -101,12 +102,7 @@ class CpuBackend(CpuModel):
         sample_index: int | Sequence[int] = 0,
         continues: bool = False,
     ) -> ForwardTokens:
-        """Like `forward`, but choose the token that follows each of `token_rows` (default: all) natively.
-
-        The path that a repetition penalty looks at is the row's own: its sequence's cache, its ancestors, itself.
-        sampling, sample_index: one for all, or one for each of `token_rows`. Raises ValueError, besides what
-        `forward` raises, when logits are not finite.
-        """
+        """As of a Backend; the tokens are chosen natively. continues: as of `forward`."""
         self._check(rows, taps, token_rows, continues)
         wanted = range(len(rows)) if token_rows is None else token_rows
         params, indices = per_row(len(wanted), sampling, sample_index)
@@ -129,12 +125,7 @@ class CpuBackend(CpuModel):
                 row if self._provisional.get(row.sequence, gone) <= i else None for i, row in enumerate(self._rows)
             ]
         check_rows(rows, self._shape, self._lengths, earlier)
-        for layer in taps:
-            if not 0 <= layer <= self._shape.num_layers:
-                raise ValueError(f"taps={list(taps)}: layer {layer} is not in 0…{self._shape.num_layers}")
-        for index in chosen_rows or ():
-            if not 0 <= index < len(rows):
-                raise ValueError(f"logit_rows={list(chosen_rows or ())}: there are {len(rows)} rows")
+        check_outputs(len(rows), taps, chosen_rows, self._shape)
 
     def _run(
         self,

@@ -105,12 +105,7 @@ class CpuModel:
         sampling: SamplingParams,
         sample_index: int = 0,
     ) -> Draft:
-        """Read the text's next tokens, keep them in the cache, and draft what follows the last of them.
-
-        features: of a head, float32 [len(tokens), states · hidden], those of the token before each of `tokens`; None
-        for a language model. Drops all rows that were not kept. Raises ValueError for what does not fit, and when
-        logits are not finite; the cache is then as it was.
-        """
+        """As of a DraftModel (deploy/runtime/drafters/base.py)."""
         length = self.length(sequence)
         fitted = fit_draft(tokens, features, limits, shape=self._shape, num_features=self._num_features, length=length)
         end = length + len(tokens)

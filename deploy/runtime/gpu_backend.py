@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deploy.formats.architectures import ModelShape
 from deploy.formats.model_dir import ModelDirectory
-from deploy.runtime.backend import Forward, ForwardTokens, Row, check_rows, per_row
+from deploy.runtime.backend import Forward, ForwardTokens, Row, check_head_ids, check_outputs, check_rows, per_row
 from deploy.runtime.gpu_forward import Stream, check_shape, run_layers, write_chain
 from deploy.runtime.gpu_graphs import Computed
 from deploy.runtime.gpu_inputs import RowInputs
@@ -45,9 +45,7 @@ class GpuBackend(GpuModel):
         """A model of a directory. head_ids: as of CpuBackend. Raises ValueError for what is not supported."""
         opened = directory if isinstance(directory, ModelDirectory) else ModelDirectory.open(directory)
         shape = opened.shape
-        ids = None if head_ids is None else np.ascontiguousarray(head_ids, dtype=np.int64)
-        if ids is not None and (not ids.size or ids[0] < 0 or ids[-1] >= shape.vocab_size or (np.diff(ids) <= 0).any()):
-            raise ValueError(f"head_ids must ascend and lie in 0 … {shape.vocab_size - 1}")
+        ids = check_head_ids(head_ids, shape)
         check_shape(shape)
         try:
             weights = load_language_model(opened, device.torch_device, device.dtype, ids)
@@ -78,10 +76,7 @@ class GpuBackend(GpuModel):
         logit_rows: Sequence[int] | None = None,
         continues: bool = False,
     ) -> Forward:
-        """As of a Backend. continues: the rows of the calls before stay, and these come behind them.
-
-        Parents, and the rows that `keep` is given, are then indices into all of those; `logit_rows` counts this call's.
-        """
+        """As of a Backend. continues: as of CpuBackend."""
         self._check(rows, taps, logit_rows, continues)
         logits, _, tapped = self._run(rows, taps, logit_rows, continues)
         return Forward(logits.cpu().numpy(), tapped)
@@ -120,12 +115,7 @@ class GpuBackend(GpuModel):
         self, rows: Sequence[Row], taps: Sequence[int], chosen_rows: Sequence[int] | None, continues: bool
     ) -> None:
         check_rows(rows, self._shape, self._cache.lengths(), self._cache.earlier() if continues else ())
-        for layer in taps:
-            if not 0 <= layer <= self._shape.num_layers:
-                raise ValueError(f"taps={list(taps)}: layer {layer} is not in 0…{self._shape.num_layers}")
-        for index in chosen_rows or ():
-            if not 0 <= index < len(rows):
-                raise ValueError(f"logit_rows={list(chosen_rows or ())}: there are {len(rows)} rows")
+        check_outputs(len(rows), taps, chosen_rows, self._shape)
 
     def _run(
         self, rows: Sequence[Row], taps: Sequence[int], head_rows: Sequence[int] | None, continues: bool

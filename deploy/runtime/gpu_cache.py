@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from deploy.formats.architectures import ModelShape
-from deploy.runtime.backend import SEQUENCE_END, Row, check_truncation
+from deploy.runtime.backend import SEQUENCE_END, Row, check_path, check_truncation
 
 PADDING_SLOT = -1
 _FIRST_SLOTS, _FIRST_WIDTH, _FIRST_SEQUENCES = 512, 512, 8
@@ -150,16 +150,9 @@ class SlotCache:
     def keep(self, sequence: int, path: Sequence[int]) -> None:
         """As of a Backend. Raises ValueError naming the row that does not follow the one before it."""
         found = self._sequences.get(sequence)
+        check_path(sequence, path, {index: self.rows[index] for index in found.rows} if found else {})
         if found is None:
-            if path:
-                raise ValueError(f"keep: sequence {sequence} had no rows in the last call")
             return
-        parent = SEQUENCE_END
-        for index in path:
-            is_row = 0 <= index < len(self.rows) and self._places[index] is not None
-            if not is_row or self.rows[index].sequence != sequence or self.rows[index].parent != parent:
-                raise ValueError(f"keep: row {index} does not follow row {parent} in the last call's sequence")
-            parent = index
         for index in path:
             place = self._places[index]
             assert place is not None

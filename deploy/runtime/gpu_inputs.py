@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from deploy.kernels.gpu.tiles import DECODE_BUCKETS
 from deploy.runtime.backend import Row
 from deploy.runtime.gpu_cache import PADDING_SLOT, Place, SlotCache
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+BUCKETS = DECODE_BUCKETS
 """Row counts that a forward is computed with; between them, padding rows fill up."""
 MOST_ANCESTORS = 64
 """Of a row in a bucket: within one call no path beside the table is longer than the call's rows."""

@@ -119,11 +119,7 @@ class GpuModel(ABC):
         sampling: SamplingParams,
         sample_index: int = 0,
     ) -> Draft:
-        """As of a DraftModel (deploy/runtime/drafters/base.py).
-
-        Drops all rows that were not kept. Raises ValueError for what does not fit, and when logits are not finite; the
-        cache is then as it was.
-        """
+        """As of a DraftModel (deploy/runtime/drafters/base.py)."""
         length = self.length(sequence)
         fitted = fit_draft(tokens, features, limits, shape=self._shape, num_features=self._num_states, length=length)
         end = length + len(tokens)
@@ -132,9 +128,10 @@ class GpuModel(ABC):
             with Levels(self, self._cache, sequence, end, fitted, sampling, sample_index) as levels:
                 draft = grow(fitted, levels.first(computed), levels.expand)
         except NotFiniteError as error:
-            self._cache.truncate(sequence, length)
+            self._cache.drop_rows()
             raise ValueError(not_finite(end + self.drafted_offset - 1)) from error  # or of what follows
         self._cache.keep(sequence, range(len(tokens)))
+        self._cache.drop_rows()
         return draft
 
     def _read(self, sequence: int, tokens: Sequence[int], features: Float32 | None) -> Computed:

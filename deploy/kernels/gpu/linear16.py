@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deploy.kernels.gpu.interpreter import operand, round_to
+from deploy.kernels.gpu.epilogue import store_sums
+from deploy.kernels.gpu.interpreter import operand
 from deploy.kernels.gpu.operands import HALF_TYPES, check_bias, check_input, output_for, resolve_dtype
 from deploy.kernels.gpu.split_k import plan_launch, reduce_partials
 from deploy.kernels.gpu.tiles import DECODE_BUCKETS, PREFILL, Tile, tile_for
@@ -59,12 +60,7 @@ def _kernel(
             x = tl.load(x_ptr + m[None, :] * num_in + i[:, None], mask=is_x, other=0.0)
             acc = tl.dot(operand(w), operand(x), acc)
         total += acc
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + n, mask=n < num_out, other=0.0).to(tl.float32)[:, None]
-    rows = tl.program_id(2) * num_rows + m
-    out_ptrs = out_ptr + rows.to(tl.int64)[None, :] * num_out + n[:, None]
-    mask = (n < num_out)[:, None] & (m < num_rows)[None, :]
-    tl.store(out_ptrs, round_to(total, out_ptr.dtype.element_ty), mask=mask)
+    store_sums(total, bias_ptr, out_ptr, n, m, num_rows, num_out)
 
 
 def _check_weight(x: Tensor, weight: Tensor) -> None:
@@ -105,11 +101,8 @@ def linear_16(
         STEP=STEP,
         NUM_STEPS=launch.steps,
         NUM_PARTS=launch.parts,
-        BLOCK_ROWS=tile.block_rows,
-        BLOCK_OUT=tile.block_out,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
         enable_fp_fusion=False,
+        **tile.launch_options,
     )
     return out if launch.partial is None else reduce_partials(launch.partial, out, bias)
 

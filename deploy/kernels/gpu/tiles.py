@@ -23,6 +23,16 @@ class Tile:
     num_warps: int
     num_stages: int
 
+    @property
+    def launch_options(self) -> dict[str, int]:
+        """As the keyword arguments of a linear kernel."""
+        return {
+            "BLOCK_ROWS": self.block_rows,
+            "BLOCK_OUT": self.block_out,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
 
 def bucket_of(rows: int) -> int:
     """The smallest bucket that holds `rows`; PREFILL where no decode bucket does."""

@@ -15,7 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from deploy.formats.packed import GroupedInt
+from deploy.kernels.gpu.epilogue import store_sums
 from deploy.kernels.gpu.interpreter import INTERPRETED, operand, round_to
+from deploy.kernels.gpu.linear16 import linear_16_reference
 from deploy.kernels.gpu.operands import HALF_TYPES, check_bias, check_input, output_for, resolve_dtype
 from deploy.kernels.gpu.packing import pack_halves, unpack_halves
 from deploy.kernels.gpu.split_k import plan_launch, reduce_partials
@@ -211,12 +213,7 @@ def _kernel(
             x_ptr, codes_ptr, scale_ptr, zero_ptr, minimum_ptr, n, m, num_rows, num_out, num_in, num_groups,
             first_group, GROUP, GROUPS_PER_STEP, NUM_STEPS, BLOCK_ROWS, BLOCK_OUT,
         )  # fmt: skip
-    mask = (n < num_out)[:, None] & (m < num_rows)[None, :]
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + n, mask=n < num_out, other=0.0).to(tl.float32)[:, None]
-    y = round_to(total, out_ptr.dtype.element_ty)
-    rows = tl.program_id(2) * num_rows + m
-    tl.store(out_ptr + rows.to(tl.int64)[None, :] * num_out + n[:, None], y, mask=mask)
+    store_sums(total, bias_ptr, out_ptr, n, m, num_rows, num_out)
 
 
 def linear_w4a16(x: Tensor, weight: W4, out: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -246,11 +243,8 @@ def linear_w4a16(x: Tensor, weight: W4, out: Tensor | None = None, out_dtype: to
         GROUPS_PER_STEP=groups_per_step,
         NUM_STEPS=launch.steps,
         NUM_PARTS=launch.parts,
-        BLOCK_ROWS=tile.block_rows,
-        BLOCK_OUT=tile.block_out,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
         enable_fp_fusion=False,
+        **tile.launch_options,
     )
     return out if launch.partial is None else reduce_partials(launch.partial, out, weight.bias)
 
@@ -274,8 +268,4 @@ def linear_w4a16_reference(
 ) -> Tensor:
     """The same in torch, with products summed in float64."""
     check_input(x, weight.num_in, HALF_TYPES)
-    out = output_for(x, weight.num_out, out, resolve_dtype(x, out, out_dtype))
-    y = x.to(torch.float64) @ dequantize_w4(weight).to(x.dtype).to(torch.float64).T
-    if weight.bias is not None:
-        y += weight.bias.to(torch.float64)
-    return out.copy_(y.to(torch.float32))
+    return linear_16_reference(x, dequantize_w4(weight).to(x.dtype).contiguous(), weight.bias, out, out_dtype)

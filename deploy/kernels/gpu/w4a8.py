@@ -15,11 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from deploy.formats.packed import GroupedInt
-from deploy.kernels.gpu.epilogue import check_activations, check_per_output, scaled_reference, store_scaled
-from deploy.kernels.gpu.operands import check_bias, output_for
+from deploy.kernels.gpu.epilogue import check_per_output, launch_scaled, scaled_reference, store_scaled
+from deploy.kernels.gpu.operands import check_bias
 from deploy.kernels.gpu.packing import pack_halves, unpack_halves
-from deploy.kernels.gpu.split_k import plan_launch, reduce_partials, row_stride
-from deploy.kernels.gpu.tiles import DECODE_BUCKETS, PREFILL, Tile, tile_for
+from deploy.kernels.gpu.tiles import DECODE_BUCKETS, PREFILL, Tile
 
 # Inputs of one step, and of a block of the packed layout: two int8 dots of 64. Reasoned, not yet measured.
 STEP = 128
@@ -111,31 +110,7 @@ def linear_w4a8(
     codes: int8 [rows, in], of 8- or 4-bit activations. scale: fp32 [rows], or [1] for all rows. Returns [rows, out] of
     `out_dtype`, in `out` where one is given. Raises ValueError where shapes or types do not fit.
     """
-    check_activations(codes, scale, weight.num_in)
-    out = output_for(codes, weight.num_out, out, out_dtype)
-    tile = tile_for(TILES, codes.shape[0])
-    launch = plan_launch(tile, weight.codes.shape[0], out, torch.int32)
-    _kernel[launch.grid](
-        codes,
-        weight.codes,
-        scale,
-        weight.scale,
-        weight.bias,
-        out if launch.partial is None else launch.partial,
-        codes.shape[0],
-        weight.num_out,
-        weight.num_in,
-        row_stride(scale),
-        STEP=STEP,
-        NUM_STEPS=launch.steps * launch.parts,
-        IS_PARTIAL=launch.partial is not None,
-        BLOCK_ROWS=tile.block_rows,
-        BLOCK_OUT=tile.block_out,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        enable_fp_fusion=False,
-    )
-    return out if launch.partial is None else reduce_partials(launch.partial, out, weight.bias, scale, weight.scale)
+    return launch_scaled(_kernel, TILES, STEP, codes, scale, weight, out, out_dtype)
 
 
 def linear_w4a8_reference(
@@ -145,7 +120,5 @@ def linear_w4a8_reference(
     out: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    check_activations(codes, scale, weight.num_in)
-    out = output_for(codes, weight.num_out, out, out_dtype)
-    signed = unpack_halves(weight.codes, weight.num_in).to(torch.int32) - _ZERO
-    return scaled_reference(codes, scale, signed, weight.scale, weight.bias, out)
+    integers = unpack_halves(weight.codes, weight.num_in).to(torch.int32) - _ZERO
+    return scaled_reference(codes, scale, integers, weight, out, out_dtype)

@@ -15,10 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from deploy.formats.packed import GroupedInt
-from deploy.kernels.gpu.epilogue import check_activations, check_per_output, scaled_reference, store_scaled
-from deploy.kernels.gpu.operands import OUT_TYPES, check_bias, check_input, check_static_scale, output_for
-from deploy.kernels.gpu.split_k import plan_launch, reduce_partials, row_stride
-from deploy.kernels.gpu.tiles import DECODE_BUCKETS, PREFILL, Tile, tile_for
+from deploy.kernels.gpu.epilogue import check_per_output, launch_scaled, scaled_reference, store_scaled
+from deploy.kernels.gpu.operands import OUT_TYPES, check_bias, check_input, check_static_scale
+from deploy.kernels.gpu.tiles import DECODE_BUCKETS, PREFILL, Tile
 
 # Inputs of one step: 128 bytes of a weight row, a whole cache line. Reasoned, not yet measured.
 STEP = 128
@@ -37,6 +36,14 @@ class W8:
     codes: Tensor
     scale: Tensor
     bias: Tensor | None = None
+
+    @property
+    def num_out(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def num_in(self) -> int:
+        return self.codes.shape[1]
 
 
 def pack_w8(weight: GroupedInt, device: torch.device | str, bias: Tensor | None = None) -> W8:
@@ -185,32 +192,7 @@ def linear_w8a8(
     codes: int8 [rows, in]. scale: fp32 [rows], or [1] for all rows. Returns [rows, out] of `out_dtype`, in `out` where
     one is given. Raises ValueError where shapes or types do not fit.
     """
-    num_out, num_in = weight.codes.shape
-    check_activations(codes, scale, num_in)
-    out = output_for(codes, num_out, out, out_dtype)
-    tile = tile_for(TILES, codes.shape[0])
-    launch = plan_launch(tile, triton.cdiv(num_in, STEP), out, torch.int32)
-    _kernel[launch.grid](
-        codes,
-        weight.codes,
-        scale,
-        weight.scale,
-        weight.bias,
-        out if launch.partial is None else launch.partial,
-        codes.shape[0],
-        num_out,
-        num_in,
-        row_stride(scale),
-        STEP=STEP,
-        NUM_STEPS=launch.steps * launch.parts,
-        IS_PARTIAL=launch.partial is not None,
-        BLOCK_ROWS=tile.block_rows,
-        BLOCK_OUT=tile.block_out,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        enable_fp_fusion=False,
-    )
-    return out if launch.partial is None else reduce_partials(launch.partial, out, weight.bias, scale, weight.scale)
+    return launch_scaled(_kernel, TILES, STEP, codes, scale, weight, out, out_dtype)
 
 
 def linear_w8a8_reference(
@@ -220,6 +202,4 @@ def linear_w8a8_reference(
     out: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    check_activations(codes, scale, weight.codes.shape[1])
-    out = output_for(codes, weight.codes.shape[0], out, out_dtype)
-    return scaled_reference(codes, scale, weight.codes, weight.scale, weight.bias, out)
+    return scaled_reference(codes, scale, weight.codes, weight, out, out_dtype)

@@ -58,12 +58,10 @@ class SequenceCache:
         self.keys, self.values = np.pad(self.keys, padding), np.pad(self.values, padding)
 
     def keep(self, path: Sequence[int], rows: Sequence[Row]) -> None:
-        """Make the rows of `path` (indices of the last call) the sequence's next tokens and drop the other rows."""
-        parent = SEQUENCE_END
-        for index in path:
-            if index not in self.paths or rows[index].parent != parent:
-                raise ValueError(f"keep: row {index} does not follow row {parent} in the last call's sequence")
-            parent = index
+        """Make the rows of `path` (indices of the last call) the sequence's next tokens and drop the other rows.
+
+        They must follow each other, see `check_path`.
+        """
         slots = [self.paths[index][-1] for index in path]
         end = self.length + len(slots)
         self.keys[:, self.length : end] = self.keys[:, slots]

@@ -93,7 +93,7 @@ class ReferenceEagle:
         sampling: SamplingParams,
         sample_index: int = 0,
     ) -> Draft:
-        """As of a DraftModel; where it raises, the cache is as it was."""
+        """As of a DraftModel (deploy/runtime/drafters/base.py)."""
         length, num_certain = self.length(sequence), len(tokens)
         fitted = fit_draft(
             tokens, features, limits, shape=self.shape, num_features=len(self.feature_layers), length=length

@@ -25,7 +25,16 @@ from deploy.kernels.reference.layers import (
     run_layer,
 )
 from deploy.kernels.reference.linear import GROUP, Linear, quantize_groups
-from deploy.runtime.backend import Forward, ForwardTokens, Row, check_rows, check_truncation, per_row
+from deploy.runtime.backend import (
+    Forward,
+    ForwardTokens,
+    Row,
+    check_outputs,
+    check_path,
+    check_rows,
+    check_truncation,
+    per_row,
+)
 from deploy.runtime.drafts import fit_draft
 from deploy.runtime.sampling import SamplingParams, sample
 from deploy.runtime.tree import Draft, TreeLimits
@@ -116,10 +125,10 @@ class ReferenceBackend:
         self._caches.pop(sequence, None)
 
     def keep(self, sequence: int, path: Sequence[int]) -> None:
-        if sequence in self._caches:
-            self._caches[sequence].keep(path, self._rows)
-        elif path:
-            raise ValueError(f"keep: sequence {sequence} had no rows in the last call")
+        cache = self._caches.get(sequence)
+        check_path(sequence, path, {index: self._rows[index] for index in cache.paths} if cache else {})
+        if cache:
+            cache.keep(path, self._rows)
 
     def truncate(self, sequence: int, length: int) -> None:
         check_truncation(length, self.length(sequence))
@@ -158,7 +167,7 @@ class ReferenceBackend:
         sampling: SamplingParams,
         sample_index: int = 0,
     ) -> Draft:
-        """As of a DraftModel (deploy/runtime/drafters/base.py); where it raises, the cache is as it was."""
+        """As of a DraftModel (deploy/runtime/drafters/base.py)."""
         length = self.length(sequence)
         fitted = fit_draft(tokens, features, limits, shape=self._shape, num_features=0, length=length)
         start = length + len(tokens) - 1
@@ -198,12 +207,7 @@ class ReferenceBackend:
         self, rows: Sequence[Row], taps: Sequence[int] = (), *, logit_rows: Sequence[int] | None = None
     ) -> Forward:
         check_rows(rows, self._shape, {key: cache.length for key, cache in self._caches.items()})
-        for layer in taps:
-            if not 0 <= layer <= self._shape.num_layers:
-                raise ValueError(f"taps={list(taps)}: layer {layer} is not in 0…{self._shape.num_layers}")
-        for index in logit_rows or ():
-            if not 0 <= index < len(rows):
-                raise ValueError(f"logit_rows={list(logit_rows or ())}: there are {len(rows)} rows")
+        check_outputs(len(rows), taps, logit_rows, self._shape)
         self._rows = list(rows)
         for sequence in sorted({row.sequence for row in rows} | set(self._caches)):
             cache = self._caches.setdefault(sequence, SequenceCache(self._shape))

@@ -83,7 +83,8 @@ class DraftModel(Protocol):
         """Read the text's next tokens, keep them in the cache, and draft what follows the last of them.
 
         features: float32 [len(tokens), len(feature_layers) · hidden], the states of the tokens before each of
-        `tokens`; None for a language model. Raises ValueError for what does not fit.
+        `tokens`; None for a language model. Drops all rows that were not kept. Raises ValueError for what does not fit,
+        and when logits are not finite; the cache is then as it was.
         """
         ...
 

@@ -12,8 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 NATIVE = (
     "tests/deploy/kernels/cpu",
+    "tests/deploy/runtime/test_backend.py",
+    "tests/deploy/runtime/test_loading.py",
     "tests/deploy/runtime/test_cpu_backend.py",
     "tests/deploy/runtime/test_cpu_eagle.py",
+    "tests/deploy/runtime/test_eagle.py",
     "tests/deploy/runtime/test_cpu_row_scales.py",
     "tests/deploy/runtime/test_draft.py",
 )
@@ -98,7 +101,7 @@ def races(tmp_path_factory):
 
 
 def test_native_code_has_no_memory_errors_and_no_undefined_behaviour(memory):
-    memory.test(*NATIVE)
+    memory.test(*NATIVE, "-k", "not gpu")
 
 
 def test_hostile_bundles_cause_no_memory_errors(memory):
@@ -124,4 +127,4 @@ def test_a_memory_error_would_be_found(memory):
 
 
 def test_the_pools_threads_do_not_race(races):
-    races.test(*NATIVE, "-k", "threads or tree or sequences or sizes or chunks or pass or pieces")
+    races.test(*NATIVE, "-k", "(threads or tree or sequences or sizes or chunks or pass or pieces) and not gpu")

@@ -1,4 +1,4 @@
-"""Native models whose files quantize inputs against the reference: logits and taps, bit for bit."""
+"""Native models whose files quantize inputs against the reference, bit for bit; against themselves: test_backend.py."""
 
 import numpy as np
 import pytest
@@ -6,10 +6,9 @@ import pytest
 from deploy.formats.activations import ActivationGrid
 from deploy.formats.model_dir import ModelDirectory
 from deploy.kernels.reference.model import ReferenceBackend
-from deploy.runtime.backend import Row
 from deploy.runtime.cpu_backend import CpuBackend
+from tests.deploy.runtime.rows import VOCABULARY, assert_equal_forward, chain, fill, forward_in_chunks, random_tree
 
-VOCABULARY = 263
 GRIDS = [ActivationGrid(bits, scope) for bits in (4, 8) for scope in ("tensor", "token")]
 
 
@@ -21,30 +20,6 @@ def directory(tmp_path_factory, tiny):
 @pytest.fixture(scope="module")
 def reference(directory):
     return ReferenceBackend(directory)
-
-
-def chain(tokens, start=0):
-    return [Row(int(token), start + i, 0, i - 1) for i, token in enumerate(tokens)]
-
-
-def fill(backend, tokens):
-    backend.reset(0)
-    backend.forward(chain(tokens), logit_rows=[])
-    backend.keep(0, range(len(tokens)))
-
-
-def random_tree(rng, count, start):
-    rows = []
-    for i in range(count):
-        parent = int(rng.integers(-1, i)) if i else -1
-        rows.append(Row(int(rng.integers(VOCABULARY)), start if parent < 0 else rows[parent].position + 1, 0, parent))
-    return rows
-
-
-def assert_equal_forward(found, expected):
-    np.testing.assert_array_equal(found.logits, expected.logits)
-    for layer, values in expected.taps.items():
-        np.testing.assert_array_equal(found.taps[layer], values)
 
 
 @pytest.mark.parametrize(
@@ -74,49 +49,21 @@ def test_a_model_of_one_kind_is_the_reference(tmp_path, tiny, bits, grid):
     assert_equal_forward(CpuBackend(path).forward(rows), ReferenceBackend(path).forward(rows))
 
 
-def test_a_trees_paths_are_the_paths_decoded_alone(isa, directory, reference):
+def test_a_tree_is_the_references(isa, directory, reference):
     backend, rng = CpuBackend(directory, threads=2), np.random.default_rng(3)
     context = rng.integers(0, VOCABULARY, 30)
     rows = random_tree(rng, 20, 30)
     for model in (backend, reference):
         fill(model, context)
-    logits = backend.forward(rows).logits
-    np.testing.assert_array_equal(logits, reference.forward(rows).logits)
-    for leaf in range(0, 20, 6):
-        path = [leaf]
-        while rows[path[0]].parent >= 0:
-            path.insert(0, rows[path[0]].parent)
-        fill(backend, context)
-        for i, row in enumerate(path):
-            alone = backend.forward([Row(rows[row].token, 30 + i, 0)]).logits[0]
-            np.testing.assert_array_equal(logits[row], alone)
-            backend.keep(0, [0])
+    assert_equal_forward(backend.forward(rows), reference.forward(rows))
 
 
-def test_prefill_in_any_chunks_and_threads_is_the_same(isa, directory):
+def test_threads_and_chunks_change_nothing(isa, directory):
     tokens = np.random.default_rng(5).integers(0, VOCABULARY, 100)
     expected = CpuBackend(directory, threads=1).forward(chain(tokens)).logits
     backend = CpuBackend(directory, threads=3)
-    for sizes in ((100,), (1, 99), (9, 8, 50, 33), (7,) * 14 + (2,), (1,) * 100):
-        backend.reset(0)
-        logits, begin = [], 0
-        for size in sizes:
-            logits.append(backend.forward(chain(tokens[begin : begin + size], begin)).logits)
-            backend.keep(0, range(size))
-            begin += size
-        np.testing.assert_array_equal(np.concatenate(logits), expected)
-
-
-def test_more_rows_than_one_pass_takes_are_the_same(tmp_path, tiny):
-    config = tiny.config(max_position_embeddings=600)
-    backend = CpuBackend(tiny.model(tmp_path / "m", config, tiny.MIXED), threads=2)
-    tokens = np.random.default_rng(6).integers(0, VOCABULARY, 512)
-    together = backend.forward(chain(tokens), logit_rows=[0, 200, 511]).logits
-    backend.reset(0)
-    fill(backend, tokens[:200])
-    np.testing.assert_array_equal(backend.forward([Row(int(tokens[200]), 200, 0)]).logits[0], together[1])
-    fill(backend, tokens[:511])
-    np.testing.assert_array_equal(backend.forward([Row(int(tokens[511]), 511, 0)]).logits[0], together[2])
+    for sizes in ((100,), (1, 99), (9, 8, 50, 33), (1,) * 100):
+        np.testing.assert_array_equal(forward_in_chunks(backend, tokens, sizes), expected)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Drafts of a language model in native code: the reference's, and nothing else changes."""
+"""Drafts of a language model: in native code the reference's; there and on the GPU backend, nothing else changes."""
 
 import numpy as np
 import pytest
@@ -8,22 +8,11 @@ from deploy.runtime.backend import Row
 from deploy.runtime.cpu_backend import CpuBackend
 from deploy.runtime.sampling import SamplingParams
 from deploy.runtime.tree import Draft, TreeLimits
+from tests.deploy.runtime import heads
+from tests.deploy.runtime.rows import VOCABULARY
 
-VOCABULARY = 263
-LIMITS = [
-    TreeLimits(depth=4, width=1, num_nodes=4),
-    TreeLimits(depth=3, width=3, num_nodes=9),
-    TreeLimits(depth=5, width=4, num_nodes=20, min_probability=0.01),
-    TreeLimits(depth=6, width=2, num_nodes=7, min_gain=0.05),
-    TreeLimits(depth=2, width=16, num_nodes=64),
-]
-SAMPLING = [
-    SamplingParams(),
-    SamplingParams(repetition_penalty=1.5),
-    SamplingParams(temperature=0.8, seed=3),
-    SamplingParams(temperature=0.8, top_k=6, top_p=0.95, repetition_penalty=1.3, seed=1 << 63),
-    SamplingParams(temperature=1.2, min_p=0.1, seed=4),
-]
+LIMITS = [*heads.LIMITS, TreeLimits(depth=2, width=16, num_nodes=64)]
+SAMPLING = [*heads.SAMPLING, SamplingParams(temperature=1.2, min_p=0.1, seed=4)]
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +58,13 @@ def test_threads_change_nothing(directory, expected):
             assert backend.draft(0, tokens, None, limits, sampling, index) == draft
 
 
-def test_the_first_candidate_is_what_the_model_chooses(isa, directory):
-    backend, tokens = CpuBackend(directory), random_tokens(20)
+def test_the_first_candidate_is_what_the_model_chooses(open_model, directory):
+    backend, tokens = open_model(directory), random_tokens(20)
     for sampling in SAMPLING:
         backend.reset(0)
-        chosen = backend.draft(0, tokens, None, TreeLimits(depth=4, width=1), sampling, 7).tokens
+        draft = backend.draft(0, tokens, None, TreeLimits(depth=6, width=1, num_nodes=6), sampling, 7)
+        assert (backend.length(0), draft.parents) == (20, (-1, 0, 1, 2, 3, 4))
+        chosen = draft.tokens
         for place, token in enumerate(chosen):
             row = Row([*tokens, *chosen][19 + place], 19 + place)
             backend.truncate(0, 19 + place)
@@ -82,8 +73,8 @@ def test_the_first_candidate_is_what_the_model_chooses(isa, directory):
 
 
 @pytest.mark.parametrize("sizes", [(300,), (1, 299), (128, 172), (129, 171), (50,) * 6])
-def test_a_text_read_in_any_pieces_is_drafted_from_alike(directory, sizes):
-    tokens, backend = random_tokens(300), CpuBackend(directory, threads=2)
+def test_a_text_read_in_any_pieces_is_drafted_from_alike(open_model, directory, sizes):
+    tokens, backend = random_tokens(300), open_model(directory)
     limits, sampling = TreeLimits(depth=4, width=3, num_nodes=12), SamplingParams(temperature=0.8, seed=2)
     backend.forward([Row(token, i, 1, i - 1) for i, token in enumerate(tokens[:-1])], logit_rows=[])
     backend.keep(1, range(299))
@@ -96,20 +87,20 @@ def test_a_text_read_in_any_pieces_is_drafted_from_alike(directory, sizes):
     np.testing.assert_array_equal(next_tokens(backend, 300), next_tokens(backend, 300, sequence=1))
 
 
-def test_drafts_of_several_sequences_do_not_touch_each_other(directory):
-    backend, limits = CpuBackend(directory), TreeLimits(depth=3, width=2, num_nodes=6)
+def test_drafts_of_several_sequences_do_not_touch_each_other(open_model, directory):
+    backend, limits = open_model(directory), TreeLimits(depth=3, width=2, num_nodes=6)
     texts = {0: random_tokens(40, 2), 9: random_tokens(33, 3)}
     alone = {}
     for sequence, tokens in texts.items():
-        alone[sequence] = CpuBackend(directory).draft(0, tokens, None, limits, SamplingParams())
+        alone[sequence] = open_model(directory).draft(0, tokens, None, limits, SamplingParams())
     for sequence, tokens in texts.items():
         backend.draft(sequence, tokens[:20], None, limits, SamplingParams())
     for sequence, tokens in texts.items():
         assert backend.draft(sequence, tokens[20:], None, limits, SamplingParams()) == alone[sequence]
 
 
-def test_a_draft_drops_rows_that_were_not_kept(directory):
-    backend = CpuBackend(directory)
+def test_a_draft_drops_rows_that_were_not_kept(open_model, directory):
+    backend = open_model(directory)
     backend.forward([Row(1, 0), Row(2, 0, 1)])
     backend.draft(0, [3], None, TreeLimits(), SamplingParams())
     for sequence in (0, 1):
@@ -120,17 +111,17 @@ def test_a_draft_drops_rows_that_were_not_kept(directory):
     assert backend.length(0) == 2
 
 
-def test_a_trimmed_vocabulary_drafts_its_own_tokens(isa, directory):
+def test_a_trimmed_vocabulary_drafts_its_own_tokens(open_model, directory):
     ids = np.sort(np.random.default_rng(5).choice(VOCABULARY, 60, replace=False))
-    backend = CpuBackend(directory, head_ids=ids)
+    backend = open_model(directory, head_ids=ids)
     found = backend.draft(0, random_tokens(9), None, TreeLimits(depth=3, width=4, num_nodes=30), SamplingParams())
     assert len(found) == 30
     assert set(found.tokens) <= set(ids.tolist())
 
 
-def test_the_contexts_end_ends_a_draft(directory, expected):
+def test_the_contexts_end_ends_a_draft(open_model, directory):
     """As many levels as rows fit; the last of them needs none."""
-    backend, reference = CpuBackend(directory), ReferenceBackend(directory)
+    backend, reference = open_model(directory), ReferenceBackend(directory)
     tokens = random_tokens(400)
     backend.draft(0, tokens[:398], None, TreeLimits(depth=1), SamplingParams())
     assert len(backend.draft(0, tokens[398:399], None, TreeLimits(), SamplingParams())) == 2
@@ -151,8 +142,8 @@ def test_the_contexts_end_ends_a_draft(directory, expected):
         ([1], np.zeros((1, 96), np.float32), "expected None"),
     ],
 )
-def test_what_does_not_fit_is_refused(directory, tokens, features, message):
-    for model in (CpuBackend(directory), ReferenceBackend(directory)):
+def test_what_does_not_fit_is_refused(open_model, directory, tokens, features, message):
+    for model in (open_model(directory), ReferenceBackend(directory)):
         model.draft(0, [1, 2], None, TreeLimits(), SamplingParams())
         with pytest.raises(ValueError, match=message):
             model.draft(0, tokens, features, TreeLimits(), SamplingParams())
@@ -160,8 +151,8 @@ def test_what_does_not_fit_is_refused(directory, tokens, features, message):
         assert model.feature_layers == ()
 
 
-def test_an_empty_draft_is_possible(directory):
-    backend = CpuBackend(directory)
+def test_an_empty_draft_is_possible(open_model, directory):
+    backend = open_model(directory)
     limits = TreeLimits(depth=4, width=2, min_probability=0.999)
     assert backend.draft(0, [1, 2], None, limits, SamplingParams(temperature=100.0)) == Draft()
     assert backend.length(0) == 2

@@ -8,7 +8,8 @@ from deploy.runtime.gpu_backend import GpuBackend
 from deploy.runtime.gpu_graphs import Computed, Graphs
 from deploy.runtime.sampling import SamplingParams
 from deploy.runtime.tree import TreeLimits
-from tests.deploy.runtime.gpu_rows import VOCABULARY, chain, fill, random_tree, torch_device
+from tests.deploy.runtime.gpu_devices import torch_device
+from tests.deploy.runtime.rows import VOCABULARY, chain, fill, random_tree
 
 
 class Recorded:

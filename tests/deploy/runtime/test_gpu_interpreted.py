@@ -15,16 +15,18 @@ from deploy.runtime.gpu_backend import GpuBackend
 from deploy.runtime.modes import DraftOptions
 from deploy.runtime.sampling import SamplingParams
 from deploy.runtime.session import Session
-from tests.deploy.runtime.gpu_rows import (
-    VOCABULARY,
+from tests.deploy.runtime.gpu_devices import (
     assert_near,
     assert_row_scaled_layers_equal_the_reference,
+    kernel_device,
+    pretend_gpu,
+)
+from tests.deploy.runtime.rows import (
+    VOCABULARY,
     chain,
     decode_path,
     fill,
-    kernel_device,
     path_to,
-    pretend_gpu,
     random_tree,
 )
 

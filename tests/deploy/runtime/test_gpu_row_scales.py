@@ -1,4 +1,7 @@
-"""The GPU backend on models whose files quantize inputs: layer by layer, as a whole, and against itself."""
+"""The GPU backend on models whose files quantize inputs: layer by layer, and as a whole.
+
+That a row does not depend on its surroundings is tested in test_backend.py.
+"""
 
 import numpy as np
 import pytest
@@ -12,26 +15,19 @@ from deploy.kernels.gpu.w4a8 import W4Channel
 from deploy.kernels.gpu.w4a16 import W4
 from deploy.kernels.gpu.w8a8 import W8
 from deploy.kernels.reference.model import ReferenceBackend
-from deploy.runtime.backend import Row
 from deploy.runtime.generation import GenerationOptions
 from deploy.runtime.gpu_backend import GpuBackend
-from deploy.runtime.gpu_inputs import BUCKETS
 from deploy.runtime.gpu_weights import Matrix16, RowScaled
 from deploy.runtime.modes import DraftOptions
 from deploy.runtime.sampling import SamplingParams
 from deploy.runtime.session import Session
-from tests.deploy.runtime.gpu_rows import (
-    VOCABULARY,
+from tests.deploy.runtime.gpu_devices import (
     assert_near,
     assert_row_scaled_layers_equal_the_reference,
-    chain,
-    decode_path,
-    fill,
-    path_to,
     pretend_gpu,
-    random_tree,
     torch_device,
 )
+from tests.deploy.runtime.rows import VOCABULARY, chain
 
 TOKEN = ActivationGrid(8, "token")
 EIGHT_BITS = [TOKEN, ActivationGrid(8, "tensor")]
@@ -40,16 +36,6 @@ FINE = {"largest": 0.6, "mean": 0.06}
 # Codes of 4 bits are coarse: noise of 2.5e-4 on what the reference's attention gives moves the reference's own logits
 # by up to 1.2 deviations, 0.11 in the mean. Of such a model as a whole little more can be asked than that it agrees.
 COARSE = {"largest": 2.0, "mean": 0.15}
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory, tiny):
-    return tiny.model(tmp_path_factory.mktemp("model"), tiny.config("qwen3"), tiny.MIXED)
-
-
-@pytest.fixture
-def backend(directory):
-    return GpuBackend.open(directory, torch_device())
 
 
 def weight_of(matrix):
@@ -123,28 +109,6 @@ def test_weights_of_8_bits_far_from_their_zero_point_become_16_bits(tmp_path, ti
     backend = GpuBackend.open(path, torch_device())
     assert weight_of(backend.weights.layers[0].qkv) == Matrix16
     assert assert_row_scaled_layers_equal_the_reference(backend, path, chain([3, 4]), monkeypatch) == (0, 8)
-
-
-def test_a_trees_paths_are_the_paths_decoded_alone(backend):
-    rng = np.random.default_rng(3)
-    context = rng.integers(0, VOCABULARY, 30)
-    rows = random_tree(rng, 20, 30)
-    fill(backend, context)
-    logits = backend.forward(rows).logits
-    for leaf in range(0, 20, 4):
-        path = path_to(rows, leaf)
-        alone = decode_path(backend, context, [rows[i].token for i in path], sequence=1)
-        np.testing.assert_array_equal(logits[path], alone)
-
-
-def test_a_row_is_the_same_in_every_bucket(backend):
-    context, rng = list(range(20)), np.random.default_rng(4)
-    alone = decode_path(backend, context, [7])[0]
-    fill(backend, context)
-    for count in (*BUCKETS, 3, 33, 65):
-        others = [Row(int(rng.integers(VOCABULARY)), 20, 0) for _ in range(count - 1)]
-        logits = backend.forward([*others, Row(7, 20)], logit_rows=[count - 1]).logits
-        np.testing.assert_array_equal(logits[0], alone)
 
 
 def test_a_bundles_answers_are_the_same_in_every_mode(tmp_path, tiny, monkeypatch):

@@ -15,7 +15,7 @@ from deploy.runtime.machine import describe_device
 from deploy.runtime.modes import DrafterFactory, DraftOptions, available_modes
 from deploy.runtime.sampling import SamplingParams
 from deploy.runtime.session import Session
-from tests.deploy.runtime.gpu_rows import pretend_gpu, torch_device
+from tests.deploy.runtime.gpu_devices import pretend_gpu, torch_device
 
 IDS = np.arange(0, 263, 3)
 SAMPLING = [SamplingParams(), SamplingParams(0.9, top_p=0.95, repetition_penalty=1.1, seed=4)]

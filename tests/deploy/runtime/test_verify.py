@@ -66,7 +66,7 @@ def sessions(request, bundle):
     """One for drafts, and one without any to compare with. Here "gpu" is its backend on CPU tensors."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         if request.param == "gpu":
-            from tests.deploy.runtime.gpu_rows import pretend_gpu, torch_device
+            from tests.deploy.runtime.gpu_devices import pretend_gpu, torch_device
 
             pretend_gpu(monkeypatch, torch_device())
         return Session.open(bundle, backend=request.param), Session.open(bundle, backend=request.param)

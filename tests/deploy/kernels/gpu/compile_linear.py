@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 
 from deploy.formats.activations import ActivationGrid, LayerInputs
 from deploy.formats.packed import GroupedInt
-from deploy.kernels.gpu import flatten, linear16, split_k, w4a8, w4a16, w8a8
+from deploy.kernels.gpu import epilogue, flatten, linear16, split_k, w4a8, w4a16, w8a8
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 POINTERS = {
@@ -112,7 +112,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     num_in = 1024
     # Compiled by itself below; there is no device on which it could follow the others.
-    for module in (w4a16, linear16, w8a8, w4a8):
+    for module in (w4a16, linear16, epilogue):
         vars(module)["reduce_partials"] = lambda *arguments: arguments[1]
     weight_8 = w8a8.pack_w8(grouped(num_in, num_in, 8), "cpu")
     weight_4 = w4a8.pack_w4_channel(grouped(num_in, num_in, 4), "cpu")

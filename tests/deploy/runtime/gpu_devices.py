@@ -1,4 +1,4 @@
-"""Devices for tests of the GPU backend, and rows to give it."""
+"""Devices for tests of the GPU backend, and how near its numbers must be to the reference's."""
 
 import numpy as np
 import torch
@@ -8,12 +8,10 @@ from deploy.kernels.gpu.w4a8 import W4Channel
 from deploy.kernels.gpu.w8a8 import W8
 from deploy.kernels.reference.row_scales import RowScaledLinear
 from deploy.runtime import devices, gpu_device
-from deploy.runtime.backend import Row
 from deploy.runtime.gpu_model import Device
 from deploy.runtime.gpu_ops import Ops, reference_ops, triton_ops
 from deploy.runtime.gpu_weights import RowScaled
 
-VOCABULARY = 263
 FACTS = {"gpu": "none"}
 
 
@@ -33,46 +31,6 @@ def pretend_gpu(monkeypatch, device):
     monkeypatch.setattr(devices, "find_driver", lambda: devices.Driver((13, 0), 1))
     monkeypatch.setattr(gpu_device, "check_gpu", lambda driver, weight_bytes: None)
     monkeypatch.setattr(gpu_device, "open_device", lambda: device)
-
-
-def chain(tokens, start=0, sequence=0):
-    return [Row(int(token), start + i, sequence, i - 1) for i, token in enumerate(tokens)]
-
-
-def fill(backend, tokens, sequence=0):
-    """Make `tokens` what the sequence's cache holds."""
-    backend.reset(sequence)
-    if len(tokens):
-        backend.forward(chain(tokens, sequence=sequence), logit_rows=[])
-        backend.keep(sequence, range(len(tokens)))
-
-
-def decode_path(backend, context, path, sequence=0):
-    """Logits after each token of `path`, fed one by one behind `context`."""
-    fill(backend, context, sequence)
-    logits = []
-    for i, token in enumerate(path):
-        logits.append(backend.forward([Row(int(token), len(context) + i, sequence)]).logits[0])
-        backend.keep(sequence, [0])
-    return np.array(logits)
-
-
-def random_tree(rng, count, start, sequence=0, offset=0):
-    """Rows of a random tree, some of them roots; parents are indices into the whole call."""
-    rows = []
-    for i in range(count):
-        parent = int(rng.integers(-1, i)) if i else -1
-        position = start if parent < 0 else rows[parent].position + 1
-        rows.append(Row(int(rng.integers(VOCABULARY)), position, sequence, -1 if parent < 0 else parent + offset))
-    return rows
-
-
-def path_to(rows, index):
-    path = []
-    while index >= 0:
-        path.insert(0, index)
-        index = rows[index].parent
-    return path
 
 
 LARGEST, MEAN = 0.3, 0.02
