@@ -71,8 +71,10 @@ def choose_backend(name: BackendName | DeviceName, weight_bytes: int) -> Backend
     except DeviceError as error:
         if name == "gpu":
             raise
-        level = logging.WARNING if driver is not None and driver.num_devices else logging.INFO
-        _logger.log(level, "computing on the CPU: %s", error)
+        if driver is not None and driver.num_devices:
+            _logger.warning("computing on the CPU: %s", error)
+        else:
+            _logger.info("computing on the CPU: %s", str(error).partition(";")[0])  # nothing to remedy
         return "cpu"
     return "gpu"
 
