@@ -40,7 +40,7 @@ class TrainConfig:
     evaluate_every: float = MISSING
     checkpoint_every_seconds: float = MISSING
     feature_cache_gb: float = MISSING
-    prefetch: int = MISSING
+    prefetch: int | None = MISSING
     max_skipped_steps: int = MISSING
     log_every: int = MISSING
 

@@ -39,7 +39,7 @@ class Batch:
 
     token_ids: int64 [T]. loss_mask: bool [T]. position: int64 [T], restarts with each conversation.
     starts: int64 [S + 1], offsets of the S conversations, and T. features: float32 [T, L, H], hidden states of the
-    target at L layers, or None where the task needs none.
+    target at L layers (to bfloat16's precision), or None where the task needs none.
     """
 
     token_ids: Tensor

@@ -1,7 +1,7 @@
-"""Batches with the target's hidden states, captured in the background while the step before them runs.
+"""Batches with the target's hidden states, captured for the step that needs them, or ahead of it in the background.
 
-Features are float32, as the source gives them, whether captured anew or held in the cache: so a resumed run, whose
-cache is empty, sees the same bits.
+States are rounded to bfloat16, which halves what a cache of them takes, whether they were captured anew or held: so a
+resumed run, whose cache is empty, sees the same bits.
 """
 
 from collections import deque
@@ -13,12 +13,12 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from train.features import FeatureSource
 from train.loop.batches import Batch, BatchPlan, StepPlan
 
 Item = TypeVar("Item")
-Features = npt.NDArray[np.float32]
 
 
 class FeatureCache:
@@ -31,22 +31,26 @@ class FeatureCache:
     def __init__(self, source: FeatureSource, plan: BatchPlan, capacity_bytes: int) -> None:
         self._source, self._plan = source, plan
         self._capacity_bytes = capacity_bytes
-        self._held: dict[int, Features] = {}
+        self._held: dict[int, Tensor] = {}
         self.num_bytes = 0
 
-    def features(self, indices: Sequence[int]) -> list[Features]:
-        """Features [n, L, H] of each sequence; one capture for all that are not held."""
+    def features(self, indices: Sequence[int]) -> list[Tensor]:
+        """bfloat16 [n, L, H] of each sequence; one capture for all that are not held."""
         missing = [index for index in indices if index not in self._held]
-        captured: dict[int, Features] = {}
+        captured: dict[int, Tensor] = {}
         if missing:
             found = self._source.capture([self._plan.token_ids(index) for index in missing])
-            captured = dict(zip(missing, found, strict=True))
+            captured = {index: _rounded(features) for index, features in zip(missing, found, strict=True)}
         for index, features in captured.items():
-            assert features.dtype == np.float32 and len(features) == len(self._plan.token_ids(index))
+            assert len(features) == len(self._plan.token_ids(index))
             if self.num_bytes + features.nbytes <= self._capacity_bytes:
                 self._held[index] = features
                 self.num_bytes += features.nbytes
         return [self._held[index] if index in self._held else captured[index] for index in indices]
+
+
+def _rounded(features: npt.NDArray[np.float32]) -> Tensor:
+    return torch.from_numpy(features).to(torch.bfloat16)
 
 
 def load_batches(
@@ -57,7 +61,7 @@ def load_batches(
         for indices in step.batches[rank::num_processes]:
             batch = plan.batch(indices)
             if cache is not None:
-                batch = replace(batch, features=torch.from_numpy(np.concatenate(cache.features(indices))))
+                batch = replace(batch, features=torch.cat(cache.features(indices)).float())
             yield batch
 
 

@@ -33,9 +33,9 @@ def train(
     result is then the same to the bit as without the interruption. A finished run in `out` is only read.
 
     sequences: what is trained on, e.g. conversations. features: of hidden states, where the task needs them; called
-    from one background thread. on_log: called in the main process with the step and metrics by name; those of
-    evaluations begin with "heldout/". on_progress: called there after every step with the share of the budget that is
-    used up and an estimate of the seconds left, evaluations included.
+    from one thread, which is a background one where batches are loaded ahead. on_log: called in the main process with
+    the step and metrics by name; those of evaluations begin with "heldout/". on_progress: called there after every step
+    with the share of the budget that is used up and an estimate of the seconds left, evaluations included.
     Raises ValueError for settings that make no sense, for a checkpoint in `out` of another run, and when losses or
     gradients stay non-finite; OSError when a checkpoint cannot be written. Earlier checkpoints then stay as they were.
     """

@@ -104,13 +104,14 @@ class Run:
             logger.info("training goes on from %s", checkpoint.path)
 
     def batches(self, features: FeatureSource | None) -> Generator[Batch, None, None]:
-        """This process's batches from the state's position on; with features, loaded ahead in the background."""
+        """This process's batches from the state's position on; with features, loaded ahead if the settings say so."""
         cache = None
         if features is not None:
             cache = FeatureCache(features, self._plan, int(self._settings.feature_cache_gb * BYTES_PER_GB))
         rank, steps = self._accelerator.process_index, self._remaining_steps()
         batches = load_batches(self._plan, steps, rank=rank, num_processes=self._num_processes, cache=cache)
-        return batches if cache is None else prefetched(batches, self._settings.prefetch)
+        ahead = self._settings.resolve_prefetch(self._accelerator.device)
+        return batches if cache is None or ahead == 0 else prefetched(batches, ahead)
 
     def plans(self) -> Generator[StepPlan, None, None]:
         """What goes into each step from the state's position on, until the budget is used up."""

@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     import torch
 
 PRECISIONS = ("auto", "fp32", "bf16")
+PREFETCH_BESIDE_GPU = 2
 BUDGET = ("max_seconds", "max_tokens", "max_epochs")
-SIZES = ("tokens_per_batch", "max_length", "accumulation", "prefetch", "max_skipped_steps", "log_every")
+SIZES = ("tokens_per_batch", "max_length", "accumulation", "max_skipped_steps", "log_every")
 POSITIVE = ("learning_rate", "clip", "checkpoint_every_seconds", *SIZES, *BUDGET)
 RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (POSITIVE, lambda value: value > 0, "above 0"),
-    (("weight_decay", "feature_cache_gb"), lambda value: value >= 0, "0 or more"),
+    (("weight_decay", "feature_cache_gb", "prefetch"), lambda value: value >= 0, "0 or more"),
     (("min_learning_rate_ratio", "warmup_share"), lambda value: 0 <= value <= 1, "between 0 and 1"),
     (("evaluate_every",), lambda value: 0 < value <= 1, "a share of the budget, above 0 and at most 1"),
     (("betas",), lambda value: all(0 <= beta < 1 for beta in value), "0 or more and below 1, e.g. [0.9, 0.95]"),
@@ -42,8 +43,9 @@ class TrainSettings:
         or checkpoints. With a time budget, the schedule and so the result depend on the machine's speed.
     evaluate_every: share of the budget between two evaluations; there is always one at the end.
     checkpoint_every_seconds: training seconds between checkpoints; every evaluation writes one too.
-    feature_cache_gb: memory for features that later epochs then need not capture.
-    prefetch: batches whose features are captured ahead.
+    feature_cache_gb: memory for features (2 bytes a value) that later epochs then need not capture.
+    prefetch: batches whose features are captured ahead, in the background. None: 2 beside a GPU, and 0 on a CPU, where
+        capturing and training at once would only take turns on the same cores.
     max_skipped_steps: steps with a non-finite loss or gradient are skipped; so many in a row end the run.
     log_every: steps averaged in one line of the log.
     """
@@ -65,7 +67,7 @@ class TrainSettings:
     evaluate_every: float = 0.1
     checkpoint_every_seconds: float = 60.0
     feature_cache_gb: float = 0.0
-    prefetch: int = 2
+    prefetch: int | None = None
     max_skipped_steps: int = 10
     log_every: int = 10
 
@@ -97,6 +99,12 @@ class TrainSettings:
         after_warmup = (min(progress, 1.0) - self.warmup_share) / max(1.0 - self.warmup_share, 1e-9)
         cosine = 0.5 * (1.0 + math.cos(math.pi * after_warmup))
         return self.learning_rate * (self.min_learning_rate_ratio + (1.0 - self.min_learning_rate_ratio) * cosine)
+
+    def resolve_prefetch(self, device: torch.device) -> int:
+        """Batches whose features are captured ahead of the step that needs them."""
+        if self.prefetch is not None:
+            return self.prefetch
+        return 0 if device.type == "cpu" else PREFETCH_BESIDE_GPU
 
     def resolve_precision(self, device: torch.device) -> str:
         """fp32 or bf16. Raises ValueError for bf16 on a device that would only emulate it, many times slower."""

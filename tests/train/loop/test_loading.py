@@ -10,13 +10,14 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from tests.train.loop.tiny import texts
 from train.loop.batches import BatchPlan, Position
 from train.loop.loading import FeatureCache, load_batches, prefetched
 
 LAYERS, HIDDEN = (2, 5), 3
-BYTES_PER_TOKEN = len(LAYERS) * HIDDEN * 4
+BYTES_PER_TOKEN = len(LAYERS) * HIDDEN * 2
 
 
 class Source:
@@ -58,7 +59,7 @@ def test_features_lie_beside_their_tokens_cached_or_not(plan: BatchPlan, capacit
         bounds = zip(batch.starts[:-1].tolist(), batch.starts[1:].tolist(), strict=True)
         expected = np.concatenate(Source().capture([ids[start:end] for start, end in bounds]))
         assert batch.features is not None
-        assert np.array_equal(batch.features.numpy(), expected)
+        assert torch.equal(batch.features, torch.from_numpy(expected).bfloat16().float())
     assert cache.num_bytes <= capacity
 
 

@@ -75,3 +75,10 @@ def test_auto_takes_bfloat16_only_where_it_is_native(monkeypatch: pytest.MonkeyP
     else:
         with pytest.raises(ValueError, match="precision=bf16: this cpu does not multiply bfloat16 natively; use auto"):
             forced.resolve_precision(cpu)
+
+
+def test_features_are_captured_ahead_only_where_that_does_not_take_the_steps_own_cores() -> None:
+    assert SETTINGS.resolve_prefetch(torch.device("cpu")) == 0
+    assert SETTINGS.resolve_prefetch(torch.device("cuda")) == 2
+    assert replace(SETTINGS, prefetch=3).resolve_prefetch(torch.device("cpu")) == 3
+    assert replace(SETTINGS, prefetch=0).resolve_prefetch(torch.device("cuda")) == 0
