@@ -91,5 +91,12 @@ def _take(
             computed.append(job.draft.tokens[node])
             tokens.append(chosen[kept[-1]])
     backend.keep(job.sequence, kept)
-    features = np.concatenate([taps[layer][kept] for layer in sorted(taps)], axis=1) if taps else None
-    return Verified(tuple(tokens), tuple(computed), features)
+    return Verified(tuple(tokens), tuple(computed), _side_by_side(taps, kept) if taps else None)
+
+
+def _side_by_side(taps: dict[int, npt.NDArray[np.float32]], kept: list[int]) -> npt.NDArray[np.float32]:
+    """The kept rows' states, layer by layer into one array: of a long prompt they are too many to copy twice."""
+    states = np.empty((len(kept), len(taps), next(iter(taps.values())).shape[1]), np.float32)
+    for column, layer in enumerate(sorted(taps)):
+        states[:, column] = taps[layer][kept]
+    return states.reshape(len(kept), -1)

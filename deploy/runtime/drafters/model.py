@@ -14,7 +14,7 @@ from deploy.runtime.drafters.base import DraftModel, Float32
 from deploy.runtime.sampling import SamplingParams
 from deploy.runtime.tree import Draft, TreeLimits
 
-_READ_AHEAD = 256
+_READ_AHEAD = 128
 """A head reads states that wait for it in parts of this many, so that a long prompt's do not pile up."""
 
 
@@ -92,12 +92,14 @@ class EagleDrafter:
     def commit(self, sequence: int, tokens: Sequence[int], features: Float32 | None) -> None:
         assert features is not None
         waiting = self._waiting.setdefault(sequence, _Waiting([], []))
-        waiting.tokens.extend(tokens)
-        waiting.features.append(features)
-        while len(waiting) > _READ_AHEAD:
-            states = np.concatenate(waiting.features)
-            self._read(sequence, waiting.tokens[1 : _READ_AHEAD + 1], states[:_READ_AHEAD])
-            waiting.tokens, waiting.features = waiting.tokens[_READ_AHEAD:], [states[_READ_AHEAD:]]
+        for begin in range(0, len(tokens), _READ_AHEAD):
+            waiting.tokens.extend(tokens[begin : begin + _READ_AHEAD])
+            waiting.features.append(features[begin : begin + _READ_AHEAD])
+            if len(waiting) > _READ_AHEAD:
+                states = np.concatenate(waiting.features)
+                self._read(sequence, waiting.tokens[1 : _READ_AHEAD + 1], states[:_READ_AHEAD])
+                # A copy: what was read is not to be kept for what was not.
+                waiting.tokens, waiting.features = waiting.tokens[_READ_AHEAD:], [states[_READ_AHEAD:].copy()]
 
     def _read(self, sequence: int, tokens: Sequence[int], features: Float32) -> None:
         self.model.draft(sequence, tokens, features, TreeLimits(depth=1, num_nodes=1), SamplingParams())
