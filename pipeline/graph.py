@@ -19,7 +19,8 @@ class BuildContext:
     """What a stage's `build` gets.
 
     stage: the instance's name, for `tracker.log(context.stage, …)`.
-    out: directory to write into; becomes the artifact. A resumable stage may find its earlier files there.
+    out: directory to write into; becomes the artifact. A resumable stage may find its earlier files there, or those
+        of an artifact that it continues.
     inputs, manifests: role → directory and manifest of the artifact that fills it; read-only.
     progress: `with context.progress(total, "sampling", "tokens") as bar: bar.update(n)`.
     summary: fill with what the stage wants shown and tracked (JSON values). `summary["lines"]`, a list of
@@ -52,6 +53,8 @@ class Stage:
     fingerprint: digests of files outside the store (name → digest); they enter the digest.
     check: cheap validation, called with `config` for every selected stage before any runs; raises ValueError.
     resumable: keep the partial directory of an interrupted build, for `build` to continue in.
+    continues: whether an artifact of the first config is the beginning of one of the second, which differs; `build`
+        then finds that artifact's files, as if it had been interrupted there. For resumable stages.
     publish: called at the end of every run, whether built or reused, with the artifact's directory and manifest,
         for what lies outside the store (a link to it); returns lines to print.
     """
@@ -67,6 +70,7 @@ class Stage:
     fingerprint: Callable[[], dict[str, str]] | None = None
     check: Callable[[dict[str, Any]], None] | None = None
     resumable: bool = False
+    continues: Callable[[dict[str, Any], dict[str, Any]], bool] | None = None
     publish: Callable[[Path, Manifest], list[str]] | None = None
 
 

@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -137,6 +137,8 @@ class _Run:
     def _build(self, stage: Stage, key: Key, *, is_forced: bool) -> Artifact:
         keep = stage.resumable and not is_forced
         out = self.store.partial(stage.name, key.digest, keep=keep)
+        if keep and not any(out.iterdir()):
+            self._continue_artifact(stage, key, out)
         context = self._context(stage, out)
         start = time.monotonic()
         try:
@@ -151,6 +153,20 @@ class _Run:
             if not stage.resumable:
                 self.store.discard_partial(stage.name, key.digest)
             raise
+
+    def _continue_artifact(self, stage: Stage, key: Key, out: Path) -> None:
+        """Put into `out` the files of the largest artifact that is the beginning of this one, if there is any."""
+        if stage.continues is None:
+            return
+        found = [
+            manifest
+            for manifest in self.store.history(stage.name, stage.instance)
+            if replace(manifest.key, config=key.config) == key and stage.continues(manifest.config, key.config)
+        ]
+        for manifest in sorted(found, key=lambda each: sum(entry.size for entry in each.files.values()), reverse=True):
+            if (artifact := self.store.copy(manifest, out, self._announce(stage))) is not None:
+                self._say(stage, f"continues {artifact.path}")
+                return
 
     def _context(self, stage: Stage, out: Path) -> BuildContext:
         artifacts = {role: self._input(source) for role, source in stage.inputs.items()}

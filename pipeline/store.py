@@ -21,6 +21,7 @@ from pipeline.manifest import MANIFEST_NAME, Manifest, sha256_file
 
 PARTIAL = ".partial"
 REPLACED = ".replaced"
+COPYING = ".copying"
 LOCKS = ".locks"
 
 
@@ -107,6 +108,21 @@ class Store:
             if not isinstance(now, Artifact) or now.manifest.content != artifact.manifest.content:
                 raise StoreError(f"{artifact.path} was rebuilt by another run meanwhile; start this run again")
             yield
+
+    def copy(self, manifest: Manifest, directory: Path, announce: Announce) -> Artifact | None:
+        """Put an artifact's files into `directory`, which is empty: all of them, or none if it is killed meanwhile.
+
+        None where the artifact is damaged or no longer there.
+        """
+        with use_lock(self._lock(manifest.stage, manifest.digest), f"{manifest.stage}/{manifest.digest}", announce):
+            found = self.find(manifest.stage, manifest.digest)
+            if not isinstance(found, Artifact):
+                return None
+            copying = directory.with_name(directory.name + COPYING)
+            shutil.rmtree(copying, ignore_errors=True)
+            shutil.copytree(found.path, copying, ignore=shutil.ignore_patterns(MANIFEST_NAME))
+            copying.replace(directory)
+            return found
 
     def partial(self, stage: str, digest: str, *, keep: bool) -> Path:
         """The directory to build in; emptied first unless `keep`. Call only while `building`."""

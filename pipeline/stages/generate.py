@@ -47,6 +47,14 @@ def keyed(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "prompts": prompts, "engine": engine}
 
 
+def continues(smaller: dict[str, Any], config: dict[str, Any]) -> bool:
+    """Whether a data set of `smaller` is the beginning of one of `config`: all is equal but the number of tokens.
+
+    What a shard holds does not depend on how many follow it (train/data/generation.py).
+    """
+    return smaller["num_tokens"] < config["num_tokens"] and {**smaller, "num_tokens": config["num_tokens"]} == config
+
+
 def packages(config: dict[str, Any]) -> tuple[str, ...]:
     """Distributions whose version enters the stage's key."""
     also = ("torch", "transformers") if config["engine"]["kind"] == "transformers" else ()

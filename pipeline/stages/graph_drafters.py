@@ -64,6 +64,7 @@ def _generate(plain: dict[str, Any], target: Stage, quantized: Stage) -> Stage:
         fingerprint=partial(generate.fingerprint, config),
         check=lambda _config: generate.check(config),
         resumable=True,
+        continues=generate.continues,
     )
 
 

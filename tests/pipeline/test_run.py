@@ -159,6 +159,42 @@ def test_a_forced_resumable_stage_starts_from_nothing(bench: Any) -> None:
     assert seen == [[], []]
 
 
+def counting(bench: Any, limit: int, **fields: Any) -> Any:
+    """A stage that writes as many files as its config says, and continues a smaller one of the same seed."""
+
+    def build(context: BuildContext) -> None:
+        bench.built.append(sorted(path.name for path in context.out.iterdir()))
+        for number in range(context.config["limit"]):
+            (context.out / str(number)).write_text(str(number))
+
+    return bench.stage(
+        "count",
+        build=build,
+        config={"limit": limit},
+        resumable=True,
+        continues=lambda smaller, config: smaller["limit"] < config["limit"],
+        **fields,
+    )
+
+
+def test_a_build_goes_on_from_the_largest_artifact_that_is_its_beginning(bench: Any) -> None:
+    for limit, begins in ((1, 0), (2, 1), (4, 2), (3, 2)):
+        (outcome,) = bench.run([counting(bench, limit)])
+        assert bench.built == [[str(number) for number in range(begins)]]
+        assert sorted(outcome.artifact.manifest.files) == [str(number) for number in range(limit)]
+    assert bench.line("count", "continues").endswith(bench.run([counting(bench, 2)])[0].artifact.manifest.digest)
+
+
+@pytest.mark.parametrize("difference", ["seed", "version", "force", "damage"])
+def test_what_is_not_its_beginning_is_not_continued(bench: Any, difference: str) -> None:
+    (smaller,) = bench.run([counting(bench, 2)])
+    if difference == "damage":
+        (smaller.artifact.path / "1").unlink()
+    fields = {difference: 5} if difference in ("seed", "version") else {}
+    bench.run([counting(bench, 3, **fields)], force=("count",) if difference == "force" else ())
+    assert bench.built == [[]]
+
+
 def damage_manifest(path: Path) -> str:
     (path / "manifest.json").write_text("{")
     return "manifest.json cannot be read"

@@ -52,6 +52,7 @@ def stages(model: Path, config: dict[str, Any]) -> list[Stage]:
             fingerprint=partial(generate.fingerprint, config),
             check=lambda _config: generate.check(config),
             resumable=True,
+            continues=generate.continues,
         )
     ]
 

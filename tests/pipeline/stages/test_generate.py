@@ -158,6 +158,30 @@ def test_a_smaller_budget_holds_out_the_same(generate: Generate, whole: Outcome,
     assert trained < {each.index for each in read_conversations(whole.artifact.path, "train")}
 
 
+def test_a_larger_budget_goes_on_where_a_smaller_one_ended(
+    generate: Generate, whole: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    smaller = generate(tmp_path, num_tokens=2000).artifact
+    before = contents(smaller.path)
+    capsys.readouterr()
+    larger = generate(tmp_path).artifact
+    assert f"generate               continues {smaller.path}" in capsys.readouterr().out
+    assert contents(larger.path) == contents(whole.artifact.path)
+    assert contents(smaller.path) == before
+    written = re.fullmatch(r"(\d+) tokens in .*", larger.manifest.summary["lines"][-1])
+    assert written is not None
+    assert int(written[1]) < 2500  # of 4000
+
+
+def test_a_data_set_with_another_setting_is_not_continued(
+    generate: Generate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate(tmp_path, num_tokens=700)
+    generate(tmp_path, num_tokens=800, top_p=0.9)
+    generate(tmp_path, num_tokens=600)
+    assert "continues" not in capsys.readouterr().out
+
+
 def test_transformers_writes_a_data_set_too(generate: Generate, tmp_path: Path) -> None:
     engine = {"kind": "transformers", "device": "cpu", "batch_size": 5}
     first = generate(tmp_path / "a", num_tokens=700, engine=engine).artifact
