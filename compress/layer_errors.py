@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from compress.quantized_inputs import QuantizedInputs
+from compress.row_errors import squared_row_errors
 from compress.sites import readers
 from deploy.formats.activations import LayerInputs
 from deploy.formats.packed import GroupedInt
@@ -24,7 +25,7 @@ from deploy.formats.packed import GroupedInt
 
 @dataclass(frozen=True)
 class LayerError:
-    """One layer. error: ‖y − ŷ‖ / ‖y‖ (Frobenius) of its output over all tokens; inputs_error: the same of its input.
+    """One layer. error: of its output, root mean square over tokens of ‖y − ŷ‖ / ‖y‖; inputs_error: of its input.
 
     saturation: share of input values beyond what the layer can hold; None where scales come with the rows.
     """
@@ -38,32 +39,29 @@ class LayerError:
 
 
 class _Sums:
-    """Squared norms and counts over the tokens so far."""
+    """Squared errors and counts over the tokens so far."""
 
     def __init__(self, weight: GroupedInt, inputs: LayerInputs) -> None:
         self.weight = weight
         self.expand = QuantizedInputs(inputs)
-        self.output = self.output_error = self.input = self.input_error = 0.0
-        self.num_values = self.num_saturated = 0
+        self.output_error = self.input_error = 0.0
+        self.num_tokens = self.num_values = self.num_saturated = 0
 
     def add(self, x: Tensor, exact: Tensor, bias: Tensor | None) -> None:
         quantized, weight = self.expand(x), torch.from_numpy(self.weight.dequantize())  # anew: all of them are a model
-        self.output += float(exact.double().square().sum())
-        self.output_error += float((linear(quantized, weight, bias) - exact).double().square().sum())
+        self.output_error += float(squared_row_errors(exact, linear(quantized, weight, bias)).sum())
         index = self.expand.index
         held = quantized if index is None else torch.zeros_like(x).index_add_(-1, index, quantized)
-        self.input += float(x.double().square().sum())
-        self.input_error += float((held - x).double().square().sum())
+        self.input_error += float(squared_row_errors(x, held).sum())
+        self.num_tokens += x.shape[:-1].numel()
         self.num_values += x.numel()
         if self.expand.inputs.scale is not None:
             self.num_saturated += int(self.expand.saturated(x).sum())
 
     def found(self) -> LayerError:
-        def relative(error: float, whole: float) -> float:
-            return math.sqrt(error / whole) if whole else 0.0
-
         saturation = None if self.expand.inputs.scale is None else self.num_saturated / self.num_values
-        return LayerError(relative(self.output_error, self.output), relative(self.input_error, self.input), saturation)
+        output, inputs = (math.sqrt(total / self.num_tokens) for total in (self.output_error, self.input_error))
+        return LayerError(output, inputs, saturation)
 
 
 @torch.inference_mode()

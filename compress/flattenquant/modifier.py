@@ -20,7 +20,7 @@ from compress.sites import input_sites
 from deploy.formats.activations import ActivationGrid, LayerInputs
 
 ROWS_PER_SITE = 256
-"""Inputs on which a site's errors are measured, the same number from every sample."""
+"""Inputs on which a site's errors are measured, the same number from every sample, none of them a sample's first."""
 
 
 class FlattenLinear(InputQuantizedLinear):
@@ -45,10 +45,14 @@ class _Inputs:
         self.rows: list[Tensor] = []
 
     def add(self, x: Tensor, num_rows: int) -> None:
-        """x: [tokens, C], of which `num_rows` are kept, evenly spread."""
+        """x: [tokens, C], of which `num_rows` are kept, evenly spread.
+
+        The first token's, which is like no other, is not kept where there are more than `num_rows`.
+        """
         found = x.abs().amax(0)
         self.channel_max = found if self.channel_max is None else torch.maximum(self.channel_max, found)
-        places = torch.linspace(0, len(x) - 1, min(num_rows, len(x))).long()
+        num_kept = min(num_rows, len(x))
+        places = (2 * torch.arange(num_kept) + 1) * len(x) // (2 * num_kept)
         self.rows.append(x[places].clone())
 
 
@@ -86,8 +90,8 @@ class FlattenQuantModifier(Modifier):
             seen = self._inputs.get(first)
             if seen is None or seen.channel_max is None:
                 continue
-            W = torch.cat([state.model.get_submodule(n).get_parameter("weight").data for n in (first, *others)])
-            self._decided[first] = decide(seen.channel_max, torch.cat(seen.rows), W, rule)
+            weights = [state.model.get_submodule(name).get_parameter("weight").data for name in (first, *others)]
+            self._decided[first] = decide(seen.channel_max, torch.cat(seen.rows), weights, rule)
             del self._inputs[first]
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:

@@ -25,6 +25,8 @@ VERSIONS = {
     "export": 6,
 }
 """Raised when a stage's code gives other bytes."""
+METHOD_VERSIONS = {"smoothquant": 2, "flattenquant": 2}
+"""Instead of VERSIONS["quantize"], so that a change to one method leaves the others' models as they are."""
 
 
 def target_stage(config: dict[str, Any], source: Source, instance: str = "target") -> Stage:
@@ -82,6 +84,7 @@ def quantize_stage(
         if config["method"] not in ("keep", "q4_0")
         else ("gguf",),
         check=check,
+        version=METHOD_VERSIONS.get(config["method"]),
     )
 
 
@@ -94,12 +97,14 @@ def stage_of(
     *,
     packages: tuple[str, ...],
     check: Callable[[dict[str, Any]], None] | None = None,
+    version: int | None = None,
 ) -> Stage:
-    """A stage of which a graph may hold several; `name` is the variant's, "" the bundle's own."""
+    """A stage of which a graph may hold several; `name` is the variant's, "" the bundle's own. version: None for its
+    kind's."""
     return Stage(
         name=kind,
         instance=role_of(kind, name),
-        version=VERSIONS[kind],
+        version=VERSIONS[kind] if version is None else version,
         config=config,
         build=lazy(build) if isinstance(build, str) else build,
         inputs=inputs,
