@@ -14,7 +14,7 @@ from deploy.runtime.drafters.lookup import LookupDrafter
 from deploy.runtime.drafters.model import EagleDrafter
 from deploy.runtime.machine import describe_device
 from deploy.runtime.modes import DrafterFactory, Mode, available_modes
-from deploy.runtime.plan import MOST_LEVELS, Expectation, best_chain, lookup_expectation, round_ms, worth_of_row
+from deploy.runtime.plan import MOST_LEVELS, Expectation, best_chain, best_lookups, round_ms, worth_of_row
 from deploy.runtime.plan_file import read_plan_file
 from deploy.runtime.tree import TreeLimits
 
@@ -28,8 +28,6 @@ DRAFTING_MODEL: dict[Mode, str] = {
 """Whose levels a mode's drafts are; a cascade's are of several models."""
 _DRAFT_ROOM = 32
 """Tokens of a short context that are left for the drafts that are timed."""
-_LOOKUP_TOKENS = 6
-_SHORTEST, _LONGEST = 2, 4
 _LIMITS = TreeLimits(depth=MOST_LEVELS, width=3, num_nodes=8)
 _HOPEFUL = 0.8
 """An intermediate that promises less than this share of what goes without it is not loaded: kinds of text differ, but
@@ -90,7 +88,7 @@ def auto_drafter(
         measured = read_plan(bundle)
     modes = available_modes(bundle)
     candidates = [Candidate("plain", factory.make("plain"), 1.0, costs.forward_ms("target", 1))]
-    candidates += _lookups(costs, measured)
+    candidates += _lookups(costs)
     if "eagle" in modes:
         candidates.append(_head(factory, costs))
     use = _best_use(costs, {mode: measured[mode] for mode in _INTERMEDIATE if mode in modes and mode in measured})
@@ -111,14 +109,14 @@ def _best_use(costs: Costs, measured: Mapping[Mode, Expectation]) -> Mode | None
     return max(rates, key=lambda mode: rates[mode], default=None)
 
 
-def _lookups(costs: Costs, measured: Mapping[Mode, Expectation]) -> list[Candidate]:
-    drafter = LookupDrafter(longest=_LONGEST, shortest=_SHORTEST, num_tokens=_LOOKUP_TOKENS)
-    found = []
-    for length in range(_LONGEST, _SHORTEST - 1, -1):
-        expected = lookup_expectation(measured.get("lookup"), length, _LOOKUP_TOKENS)
-        milliseconds = round_ms(costs, None, expected)
-        found.append(Candidate(f"lookup-{length}", drafter, expected.tokens, milliseconds, match_length=length))
-    return found
+def _lookups(costs: Costs) -> list[Candidate]:
+    """One for each length of a match, longer ones first."""
+    expected = best_lookups(costs)
+    drafter = LookupDrafter({length: round(found.nodes) for length, found in expected.items()})
+    return [
+        Candidate(f"lookup-{length}", drafter, found.tokens, round_ms(costs, None, found), match_length=length)
+        for length, found in sorted(expected.items(), reverse=True)
+    ]
 
 
 def _head(factory: DrafterFactory, costs: Costs) -> Candidate:

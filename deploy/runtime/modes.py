@@ -10,10 +10,10 @@ from deploy.runtime.backend import Backend
 from deploy.runtime.backends import BackendName, open_backend, open_head
 from deploy.runtime.drafters.base import Drafter, DraftModel
 from deploy.runtime.drafters.cascade import Cascade
-from deploy.runtime.drafters.lookup import LookupDrafter
+from deploy.runtime.drafters.lookup import NUM_TOKENS, LookupDrafter
 from deploy.runtime.drafters.model import EagleDrafter, LanguageModelDrafter
 from deploy.runtime.drafters.none import NoDrafter
-from deploy.runtime.tree import TreeLimits
+from deploy.runtime.tree import MOST_NODES, TreeLimits
 
 Mode = Literal["auto", "plain", "lookup", "chain", "eagle", "eagle-tree", "opt-tree", "cascade", "cascade-lookup"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -57,7 +57,6 @@ _DEFAULTS: dict[Mode, TreeLimits] = {
     "opt-tree": TreeLimits(depth=6, width=3, num_nodes=6, min_gain=0.15),
     "cascade": TreeLimits(depth=4, width=3, num_nodes=6, min_probability=0.1),
 }
-_LOOKUP_TOKENS = 7
 _MIN_DRAFT_LENGTH = 4
 
 
@@ -98,7 +97,7 @@ class DrafterFactory:
         if mode == "plain":
             return NoDrafter()
         if mode == "lookup":
-            return LookupDrafter(num_tokens=options.depth or _LOOKUP_TOKENS)
+            return _lookup(options)
         if mode == "chain":
             return LanguageModelDrafter(self._draft_model("intermediate"), self._limits(mode, options))
         if mode in ("cascade", "cascade-lookup"):
@@ -110,7 +109,7 @@ class DrafterFactory:
         if mode == "cascade":
             inner = EagleDrafter(self.head("eagle-intermediate"), self._limits(mode, options))
         else:
-            inner = LookupDrafter(num_tokens=options.depth or _LOOKUP_TOKENS)
+            inner = _lookup(options)
         length = _MIN_DRAFT_LENGTH if options.min_draft_length is None else options.min_draft_length
         return Cascade(self.language_model("intermediate"), inner, min_draft_length=length)
 
@@ -148,3 +147,11 @@ class DrafterFactory:
 
     def _roles(self) -> set[str]:
         return {component.role for component in self.bundle.manifest.components}
+
+
+def _lookup(options: DraftOptions) -> LookupDrafter:
+    if options.depth is None:
+        return LookupDrafter()
+    if not 1 <= options.depth <= MOST_NODES:
+        raise ValueError(f"depth={options.depth} is out of range; a lookup drafts 1 … {MOST_NODES} tokens")
+    return LookupDrafter(dict.fromkeys(NUM_TOKENS, options.depth))

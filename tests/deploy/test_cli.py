@@ -236,7 +236,7 @@ def test_tune_shows_costs_and_candidates_and_keeps_what_it_measured(capsys, tiny
     code, out, err = call(capsys, "tune", bundle)
     assert (code, err) == (0, "")
     shown = {line.split("│")[1].strip() for line in out.splitlines() if line.count("│") > 2}
-    assert {"target", "eagle-target", "plain", "lookup-4", "eagle"} <= shown
+    assert {"target", "eagle-target", "plain", "lookup-16", "eagle"} <= shown
     assert "depth" in out
     kept = Path(out.rsplit("kept in ", 1)[1].strip())
     assert set(json.loads(kept.read_text())["rows_ms"]) == {"target"}
@@ -322,7 +322,7 @@ def test_verify_names_every_problem_and_exits_with_1(capsys, bundle):
         (["generate", "{bundle}", "-p", "x", "--mode", "chain"], "needs intermediate"),
         (["generate", "{bundle}", "-p", "x", "--mode", "eagle"], "does not have; it can: auto, plain, lookup"),
         (["generate", "{bundle}", "-p", "x", "--depth", "3"], "'auto' chooses the sizes of drafts itself"),
-        (["generate", "{bundle}", "-p", "x", "--mode", "lookup", "--depth", "-3"], "num_tokens=-3"),
+        (["generate", "{bundle}", "-p", "x", "--mode", "lookup", "--depth", "-3"], "depth=-3 is out of range"),
         (["tune", "/nowhere/at/all"], "no such directory"),
         (["dance"], "dance"),
     ],

@@ -1,16 +1,21 @@
 """Drafts from the text itself: what followed the last time that its end occurred.
 
 Training-free (prompt lookup decoding; LLMA, arXiv 2304.04487): good where answers repeat their prompt or themselves.
+The longer the end that occurred before, the surer is what follows it, so each length of a match has its own number of
+tokens. A copy may run into itself, as in LZ77: where a text goes round in three words, twelve are drafted of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from deploy.runtime.drafters.base import Float32
 from deploy.runtime.sampling import SamplingParams
-from deploy.runtime.tree import Draft
+from deploy.runtime.tree import MOST_NODES, Draft
+
+NUM_TOKENS: Mapping[int, int] = {2: 4, 3: 5, 4: 6, 8: 8, 16: 12}
+"""Length of a match → tokens that are drafted, where nothing is known of the machine."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +37,16 @@ class _Index:
 class LookupDrafter:
     """Drafter (deploy/runtime/drafters/base.py) that needs no model.
 
-    longest, shortest: how many of the text's last tokens must have occurred before; longer matches are tried first.
-    num_tokens: drafted at most. Raises ValueError for lengths that are out of order.
+    num_tokens: how many of the text's last tokens must have occurred before → tokens that are then drafted, at most.
+    Longer matches are tried first. Raises ValueError for a number out of range.
     """
 
     taps = ()
 
-    def __init__(self, *, longest: int = 4, shortest: int = 2, num_tokens: int = 8) -> None:
-        if not 1 <= shortest <= longest or num_tokens < 1:
-            raise ValueError(
-                f"shortest={shortest}, longest={longest}, num_tokens={num_tokens} must be 1 or more, in this order"
-            )
-        self._lengths = range(longest, shortest - 1, -1)
-        self._num_tokens = num_tokens
+    def __init__(self, num_tokens: Mapping[int, int] = NUM_TOKENS) -> None:
+        if not num_tokens or min(num_tokens) < 1 or not all(1 <= n <= MOST_NODES for n in num_tokens.values()):
+            raise ValueError(f"num_tokens={dict(num_tokens)} must give lengths of 1 or more 1 … {MOST_NODES} tokens")
+        self._num_tokens = {length: num_tokens[length] for length in sorted(num_tokens, reverse=True)}
         self._indices: dict[int, _Index] = {}
 
     def begin(self, sequence: int, length: int) -> int:
@@ -62,17 +64,17 @@ class LookupDrafter:
         match = self.find(sequence, path)
         if match is None:
             return Draft()
-        return Draft.chain(path[match.position : match.position + min(budget, self._num_tokens)])
+        return Draft.chain(copy_onwards(path, match.position, min(budget, self._num_tokens[match.length])))
 
     def find(self, sequence: int, path: Sequence[int]) -> Match | None:
         """The longest end of `path` that occurred before, at its last occurrence."""
         index = self._indices.setdefault(sequence, _Index())
         for end in range(max(index.num_tokens, 1), len(path)):
-            for length in self._lengths:
+            for length in self._num_tokens:
                 if end >= length:
                     index.followers[tuple(path[end - length : end])] = end
         index.num_tokens = len(path)
-        for length in self._lengths:
+        for length in self._num_tokens:
             position = index.followers.get(tuple(path[-length:])) if len(path) >= length else None
             if position is not None:
                 return Match(position, length)
@@ -80,3 +82,12 @@ class LookupDrafter:
 
     def reset(self, sequence: int) -> None:
         self._indices.pop(sequence, None)
+
+
+def copy_onwards(path: Sequence[int], position: int, count: int) -> list[int]:
+    """`count` tokens from `position` on, as if what is copied were behind the text already. position: within it."""
+    copied = list(path[position : position + count])
+    period = len(path) - position
+    while len(copied) < count:
+        copied.append(copied[-period])
+    return copied

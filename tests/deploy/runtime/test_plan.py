@@ -2,8 +2,10 @@ import pytest
 
 from deploy.runtime.costs import Costs, DraftCost
 from deploy.runtime.plan import (
+    LOOKUP_SURVIVAL,
     Expectation,
     best_chain,
+    best_lookups,
     chain_expectation,
     round_ms,
     tokens_per_second,
@@ -54,3 +56,20 @@ def test_a_row_must_be_worth_what_its_time_gives_anyway():
 def test_fewer_rows_never_cost_more():
     noisy = Costs({"target": {1: 9.0, 4: 2.6, 8: 4.0}}, {})
     assert noisy.forward_ms("target", 1) == noisy.forward_ms("target", 3) == 2.6
+
+
+def test_a_lookup_drafts_as_many_tokens_as_pay_on_this_machine():
+    found = best_lookups(COSTS)
+    assert list(found) == list(LOOKUP_SURVIVAL)
+    for length, survival in LOOKUP_SURVIVAL.items():
+        assert list(survival) == sorted(survival, reverse=True)
+        rates = [
+            (1 + sum(survival[:n])) / (0.02 + COSTS.forward_ms("target", 1 + n)) for n in range(1, len(survival) + 1)
+        ]
+        assert found[length].nodes == rates.index(max(rates)) + 1
+        assert found[length].tokens == pytest.approx(1 + sum(survival[: int(found[length].nodes)]))
+    tokens = [expected.nodes for expected in found.values()]
+    assert tokens == sorted(tokens)
+    assert tokens[0] < tokens[-1]
+    free = best_lookups(Costs({"target": {1: 2.0, 16: 2.0}}, {}))
+    assert {expected.nodes for expected in free.values()} == {15}

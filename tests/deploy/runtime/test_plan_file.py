@@ -11,6 +11,7 @@ from deploy.runtime.auto_mode import auto_drafter, read_plan
 from deploy.runtime.costs import Costs
 from deploy.runtime.drafters.none import NoDrafter
 from deploy.runtime.modes import DrafterFactory
+from deploy.runtime.plan import best_lookups
 from deploy.runtime.plan_file import make_plan, read_plan_file
 from deploy.runtime.session import Session
 
@@ -74,15 +75,14 @@ def test_a_malformed_plan_stops_mode_auto_and_no_other(planned):
         Session.open(bundle, mode="auto")
 
 
-def test_auto_begins_with_what_was_measured(planned, tiny):
+def test_auto_begins_with_what_costs_and_acceptance_promise(planned, tiny):
     plan = tiny.plan()
-    plan["modes"]["lookup"] = plan["modes"]["eagle"] | {"tau": 5.0}
-    bundle = planned(plan)
-    session = Session.open(bundle)
-    drafter = auto_drafter(DrafterFactory(bundle, session.backend, "cpu", None), Costs.from_json(plan["costs"]))
+    bundle, costs = planned(plan), Costs.from_json(plan["costs"])
+    drafter = auto_drafter(DrafterFactory(bundle, Session.open(bundle).backend, "cpu", None), costs)
     tokens = {found.name: found.tokens for found in drafter.candidates}
-    assert set(tokens) == {"plain", "lookup-4", "lookup-3", "lookup-2", "eagle"}
-    assert {tokens[name] for name in tokens if name.startswith("lookup")} == {5.0}
+    lookups = {f"lookup-{length}": expected.tokens for length, expected in best_lookups(costs).items()}
+    assert tokens == {"plain": 1.0, **lookups, "eagle": tokens["eagle"]}
+    assert 1 < tokens["lookup-2"] < tokens["lookup-16"]
 
 
 @pytest.mark.parametrize(("tau", "is_loaded"), [(1.1, False), (1.7, True)])

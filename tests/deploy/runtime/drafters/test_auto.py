@@ -83,7 +83,7 @@ def test_one_disturbed_round_does_not_decide():
 
 
 def test_a_lookup_is_taken_only_where_the_text_has_a_match_of_its_length():
-    lookup = LookupDrafter(longest=3, shortest=2, num_tokens=2)
+    lookup = LookupDrafter({3: 2, 2: 2})
     drafter = AutoDrafter(
         [
             Candidate("plain", NoDrafter(), 1.0, 2.0),

@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 
-from deploy.runtime.drafters.lookup import LookupDrafter, Match
+from deploy.runtime.drafters.lookup import LookupDrafter, Match, copy_onwards
 from deploy.runtime.sampling import SamplingParams
 
 
-def slow_find(path, longest, shortest):
+def slow_find(path, lengths):
     """The longest end of the path that occurred before, by looking at every place."""
-    for length in range(longest, shortest - 1, -1):
+    for length in sorted(lengths, reverse=True):
         end = path[len(path) - length :]
         places = [p for p in range(length, len(path)) if path[p - length : p] == end]
         if len(path) >= length and places:
@@ -17,10 +17,10 @@ def slow_find(path, longest, shortest):
 
 def test_it_finds_the_last_occurrence_of_the_longest_end_however_the_text_grows():
     rng = np.random.default_rng(3)
-    drafter = LookupDrafter(longest=4, shortest=2)
+    drafter = LookupDrafter({2: 3, 5: 9, 3: 3})
     path = [int(token) for token in rng.integers(0, 4, 5)]
     for _ in range(200):
-        assert drafter.find(0, path) == slow_find(path, 4, 2)
+        assert drafter.find(0, path) == slow_find(path, (2, 3, 5))
         path += [int(token) for token in rng.integers(0, 4, rng.integers(1, 4))]
         if rng.random() < 0.1:
             length = int(rng.integers(1, len(path)))
@@ -28,14 +28,30 @@ def test_it_finds_the_last_occurrence_of_the_longest_end_however_the_text_grows(
             path = path[:length] + [int(token) for token in rng.integers(0, 4, 2)]
 
 
-def test_it_drafts_what_followed_within_the_budget():
-    drafter = LookupDrafter(longest=3, shortest=2, num_tokens=4)
+def test_it_drafts_what_followed_as_many_as_a_match_of_its_length_is_worth():
+    drafter = LookupDrafter({3: 4, 2: 2})
     path = [1, 2, 3, 4, 5, 6, 7, 1, 2]
-    assert drafter.propose(0, path, 9, SamplingParams(), 0).tokens == (3, 4, 5, 6)
-    assert drafter.propose(0, path, 2, SamplingParams(), 0).tokens == (3, 4)
+    assert drafter.propose(0, path, 9, SamplingParams(), 0).tokens == (3, 4)
+    assert drafter.propose(0, [*path, 3], 9, SamplingParams(), 0).tokens == (4, 5, 6, 7)
+    assert drafter.propose(0, [*path, 3], 2, SamplingParams(), 0).tokens == (4, 5)
     assert drafter.propose(1, [1, 2, 3, 4], 9, SamplingParams(), 0).tokens == ()
 
 
-def test_lengths_that_are_out_of_order_are_refused():
-    with pytest.raises(ValueError, match="shortest=3, longest=2"):
-        LookupDrafter(longest=2, shortest=3)
+def test_a_copy_runs_into_itself():
+    drafter = LookupDrafter({2: 8})
+    assert drafter.propose(0, [9, 1, 2, 3, 1, 2], 9, SamplingParams(), 0).tokens == (3, 1, 2, 3, 1, 2, 3, 1)
+    assert drafter.propose(1, [4, 4, 4], 5, SamplingParams(), 0).tokens == (4, 4, 4, 4, 4)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        path = rng.integers(0, 5, rng.integers(1, 12)).tolist()
+        position = int(rng.integers(0, len(path)))
+        text = list(path)
+        for step in range(20):
+            text.append(text[position + step])
+        assert copy_onwards(path, position, 20) == text[len(path) :]
+
+
+@pytest.mark.parametrize("num_tokens", [{}, {0: 3}, {2: 0}, {2: 65}])
+def test_numbers_out_of_range_are_refused(num_tokens):
+    with pytest.raises(ValueError, match="must give lengths of 1 or more 1 … 64 tokens"):
+        LookupDrafter(num_tokens)

@@ -1,0 +1,56 @@
+"""How far a lookup is right, by the length of its match: what `deploy/runtime/plan.py` expects of one.
+
+    python -m benchmarks.lookup ARTIFACT [--conversations 300]
+
+ARTIFACT: of the stage `generate`. At every token that the target wrote greedily, the text's end is looked up in what
+stands before it, and the copy is compared with what the target went on to write. Printed are the share of tokens whose
+longest match has each length, and the share of these whose first, second, … copied tokens are all right.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from deploy.runtime.drafters.lookup import NUM_TOKENS, LookupDrafter, copy_onwards
+from train.data.conversations import Conversation, read_conversations
+
+MOST = 15
+
+
+def count_copies(conversation: Conversation, counts: dict[int, list[int]]) -> None:
+    """Add to counts: length of a match (0: none) → how often it was the longest, then how often j copies were right."""
+    text, drafter = conversation.token_ids.tolist(), LookupDrafter()
+    for begin, end in conversation.spans:
+        for place in range(begin, end):
+            match = drafter.find(0, text[:place])
+            found = counts[match.length if match else 0]
+            found[0] += 1
+            if match is None:
+                continue
+            copied = copy_onwards(text[:place], match.position, min(MOST, end - place))
+            for j, (ours, theirs) in enumerate(zip(copied, text[place:end], strict=False), 1):
+                if ours != theirs:
+                    break
+                found[j] += 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--conversations", type=int, default=300)
+    arguments = parser.parse_args()
+    greedy = [each for each in read_conversations(arguments.artifact, "train") if each.temperature == 0]
+    counts = {length: [0] * (MOST + 1) for length in (0, *NUM_TOKENS)}
+    for conversation in greedy[: arguments.conversations]:
+        count_copies(conversation, counts)
+    total = sum(found[0] for found in counts.values())
+    print(f"{total} tokens, {counts[0][0] / total:.1%} of them without a match")
+    for length in NUM_TOKENS:
+        times, *right = counts[length]
+        survival = " ".join(f"{number / max(times, 1):.2f}" for number in right)
+        print(f"match of {length:2}: {times / total:5.1%} of tokens; right: {survival}")
+
+
+if __name__ == "__main__":
+    main()
