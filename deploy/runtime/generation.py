@@ -28,12 +28,16 @@ ROWS_PER_CALL = 512
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """max_tokens: at most this many new tokens. stop: texts that end the answer and are not part of it."""
+    """max_tokens: at most this many new tokens. stop: texts that end the answer and are not part of it.
+
+    ends: asked after each token whether the answer, its tokens so far, ends with it.
+    """
 
     max_tokens: int = 256
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
     sample_index: int = 0
+    ends: Callable[[Sequence[int]], bool] | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -146,12 +150,16 @@ class Stream:
         self.path.append(token)
         if token in eos:
             self.finish_reason = "eos"
-        elif self._writer is not None and self._writer.write(token):
+        elif (self._writer is not None and self._writer.write(token)) or self._ends():
             self.finish_reason = "stop"
         elif len(self.path) - self._num_prompt == self._max_tokens:
             self.finish_reason = "length"
         if self._writer is not None and self.finish_reason not in (None, "stop") and self._writer.finish():
             self.finish_reason = "stop"
+
+    def _ends(self) -> bool:
+        ends = self.request.options.ends
+        return ends is not None and ends(self.path[self._num_prompt :])
 
     def result(self) -> Generation:
         """The finished answer."""

@@ -34,9 +34,15 @@ class RuntimeEngine:
         from deploy.runtime.generation import GenerationOptions
         from deploy.runtime.generation import Request as RuntimeRequest
         from deploy.runtime.sampling import SamplingParams
+        from train.data.loops import is_looping
 
         sampling = SamplingParams(request.temperature, top_p=request.top_p, seed=self._seed)
-        options = GenerationOptions(request.max_tokens, sampling, sample_index=request.sample_index)
+        options = GenerationOptions(
+            request.max_tokens,
+            sampling,
+            sample_index=request.sample_index,
+            ends=is_looping if request.stops_loops else None,
+        )
         number = self._scheduler.submit(RuntimeRequest(request.prompt, options), is_next=request.continues_turns)
         self._numbers[number] = request.number
 

@@ -132,7 +132,16 @@ def _records(config: dict[str, Any]) -> list[PromptRecord]:
 def _recipe(config: dict[str, Any], context_length: int, seed: int) -> Recipe:
     from train.data.recipe import Recipe, SelfWritten
 
-    same = ("num_tokens", "num_heldout", "heldout_greedy_share", "top_p", "max_tokens", "num_turns", "shard_size")
+    same = (
+        "num_tokens",
+        "num_heldout",
+        "heldout_greedy_share",
+        "top_p",
+        "max_tokens",
+        "stop_loops",
+        "num_turns",
+        "shard_size",
+    )
     return Recipe(
         **{key: config[key] for key in same},
         temperatures=tuple(config["temperatures"]),

@@ -80,8 +80,8 @@ class GenerateConfig:
     """`conf/generate/`: conversations to learn from.
 
     num_tokens: that the target writes in all. num_heldout: conversations, of which `heldout_greedy_share` are greedy.
-    max_tokens: of one response. num_turns: user turns, where a conversation can be continued. shard_size:
-    conversations begun in one file, what a killed run may lose.
+    max_tokens: of one response. stop_loops: whether one that goes round in circles ends there. num_turns: user turns,
+    where a conversation can be continued. shard_size: conversations begun in one file, what a killed run may lose.
     """
 
     writer: Writer = MISSING
@@ -91,6 +91,7 @@ class GenerateConfig:
     temperatures: list[float] = MISSING
     top_p: float = MISSING
     max_tokens: int = MISSING
+    stop_loops: bool = MISSING
     num_turns: int = MISSING
     shard_size: int = MISSING
     self_written: SelfWrittenConfig = field(default_factory=SelfWrittenConfig)

@@ -14,6 +14,7 @@ import numpy as np
 from train.data.chat_format import ChatFormat, Message
 from train.data.conversations import Conversation, Kept, Lost
 from train.data.engines.base import Completion, Request
+from train.data.loops import is_looping, until_loop
 from train.data.prompts import PromptRecord
 from train.data.recipe import Recipe
 
@@ -78,10 +79,11 @@ def converse(
             top_p=recipe.top_p,
             sample_index=RESPONSES + index,
             continues_turns=bool(spans),
+            stops_loops=recipe.stop_loops,
         )
-        tokens = prompt + completion.token_ids
+        answer, note = _answer(recipe, completion)
+        tokens = prompt + answer
         spans.append((len(prompt), len(tokens)))
-        note = "" if completion.is_ended else "response cut"
         if note or len(spans) == recipe.num_turns:
             break
         messages.append({"role": "assistant", "content": chat.text(completion.token_ids)})
@@ -97,6 +99,14 @@ def converse(
             break
     conversation = Conversation(np.array(tokens, dtype=np.int32), tuple(spans), temperature, index)
     return Kept(conversation, recipe.split(rank), opening.prompt, num_prompt_tokens, (note,) if note else ())
+
+
+def _answer(recipe: Recipe, completion: Completion) -> tuple[tuple[int, ...], str]:
+    """What is kept of a response, and a note where that does not end as the target would end it."""
+    answer = tuple(until_loop(completion.token_ids)) if recipe.stop_loops else completion.token_ids
+    if recipe.stop_loops and is_looping(answer):
+        return answer, "response loops"
+    return answer, "" if completion.is_ended else "response cut"
 
 
 def _further_turn(

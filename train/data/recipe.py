@@ -22,7 +22,8 @@ class Recipe:
     num_tokens: that the target writes in all (prompts included), up to the end of the shard that reaches it.
     num_heldout: conversations held out, the first ones, so that a larger data set holds out the same.
     heldout_greedy_share: of them, spread evenly; the others and all training conversations draw from `temperatures`.
-    max_tokens: of one response. num_turns: user turns of a conversation, where it can be continued.
+    max_tokens: of one response. stop_loops: whether one that goes round in circles ends there (train/data/loops.py).
+    num_turns: user turns of a conversation, where it can be continued.
     context_length: of the model; a conversation that would exceed it is not begun, or not continued.
     shard_size: slots of a shard.
     """
@@ -33,6 +34,7 @@ class Recipe:
     temperatures: tuple[float, ...]
     top_p: float
     max_tokens: int
+    stop_loops: bool
     num_turns: int
     self_written: SelfWritten
     context_length: int

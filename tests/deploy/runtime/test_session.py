@@ -62,6 +62,21 @@ def test_streamed_pieces_join_to_the_text(session):
     assert result.text == session.tokenizer.decode(list(result.token_ids), skip_special_tokens=True)
 
 
+def test_an_answer_ends_with_the_token_after_which_it_is_said_to(session):
+    prompt = session.encode_raw("one")
+    whole = session.generate(prompt, options(40)).token_ids
+    seen = []
+
+    def ends(answer):
+        seen.append(list(answer))
+        return len(answer) == 13
+
+    result = session.generate(prompt, GenerationOptions(40, ends=ends))
+    assert result.token_ids == whole[:13]
+    assert result.finish_reason == "stop"
+    assert seen == [list(whole[:count]) for count in range(1, 14)]
+
+
 def test_a_stop_string_ends_the_text_and_is_not_in_it(session):
     prompt = session.encode_raw("Once")
     whole = session.generate(prompt, options(60, temperature=2.0, seed=1)).text

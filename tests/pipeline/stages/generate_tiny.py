@@ -26,6 +26,7 @@ CONFIG: dict[str, Any] = {
     "temperatures": [0.0, 0.8, 1.0],
     "top_p": 1.0,
     "max_tokens": 24,
+    "stop_loops": True,
     "num_turns": 2,
     "shard_size": 8,
     "self_written": {"max_tokens": 24, "temperature": 1.0, "top_p": 1.0},

@@ -93,6 +93,7 @@ def recipe(**changes: Any) -> Recipe:
         "temperatures": (0.0, 0.6, 1.0),
         "top_p": 0.95,
         "max_tokens": 24,
+        "stop_loops": True,
         "num_turns": 1,
         "self_written": SelfWritten(24, 0.8, 0.9),
         "context_length": 512,

@@ -107,6 +107,21 @@ def test_a_response_cut_at_the_limit_is_not_continued_and_has_no_end_token(tools
     assert kept.notes == ("response cut",)
 
 
+def test_a_response_that_goes_round_in_circles_ends_there_and_ends_the_conversation(tools: Any) -> None:
+    answer = (5, 6, *[7, 8, 9] * 80)
+    recipe = tools.recipe(num_turns=3, max_tokens=242)
+    (request,), kept = tools.answered(converse(tools.chat(), recipe, 9, 6, GIVEN), [answer])
+    assert request.stops_loops
+    ((begin, end),) = kept.conversation.spans
+    assert kept.conversation.token_ids[begin:end].tolist() == list(answer[:64])
+    assert kept.notes == ("response loops",)
+    recipe = tools.recipe(num_turns=3, max_tokens=242, stop_loops=False)
+    (request,), kept = tools.answered(converse(tools.chat(), recipe, 9, 6, GIVEN), [answer])
+    assert not request.stops_loops
+    assert kept.conversation.num_written == 242
+    assert kept.notes == ("response cut",)
+
+
 @pytest.mark.parametrize(("template", "answer"), [(TRIMMING, "one "), (FORGETFUL, "one")])
 @pytest.mark.parametrize("opening", [GIVEN, OWN], ids=["given", "own"])
 def test_turns_that_the_template_writes_otherwise_again_end_the_conversation(

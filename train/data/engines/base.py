@@ -14,6 +14,7 @@ class Request:
     number: the caller's, unique among the requests in flight; comes back with the completion. sample_index: keys the
     noise together with the engine's seed, so that no two samples share theirs. continues_turns: earlier turns of the
     same conversation were just generated, so that an engine which still has them cached should take it first.
+    stops_loops: what follows a loop is not wanted (train/data/loops.py); an engine that can stops there.
     """
 
     number: int
@@ -23,6 +24,7 @@ class Request:
     top_p: float
     sample_index: int
     continues_turns: bool = False
+    stops_loops: bool = False
 
 
 @dataclass(frozen=True)
