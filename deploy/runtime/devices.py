@@ -19,7 +19,11 @@ _CUDA_LIBRARY = "libcuda.so.1"
 
 
 class DeviceError(ValueError):
-    """A GPU that cannot be used; the message names the numbers and the remedy."""
+    """A GPU that cannot be used. problem: what is wrong, with the numbers; the message adds the remedy."""
+
+    def __init__(self, problem: str, remedy: str = "use --device cpu") -> None:
+        super().__init__(f"{problem}; {remedy}")
+        self.problem = problem
 
 
 @dataclass(frozen=True)
@@ -74,16 +78,16 @@ def choose_backend(name: BackendName | DeviceName, weight_bytes: int) -> Backend
         if driver is not None and driver.num_devices:
             _logger.warning("computing on the CPU: %s", error)
         else:
-            _logger.info("computing on the CPU: %s", str(error).partition(";")[0])  # nothing to remedy
+            _logger.info("computing on the CPU: %s", error.problem)  # nothing to remedy
         return "cpu"
     return "gpu"
 
 
 def _check_gpu(driver: Driver | None, weight_bytes: int) -> None:
     if driver is None:
-        raise DeviceError(f"there is no NVIDIA driver ({_CUDA_LIBRARY} does not load); use --device cpu")
+        raise DeviceError(f"there is no NVIDIA driver ({_CUDA_LIBRARY} does not load)")
     if not driver.num_devices:
-        raise DeviceError("the NVIDIA driver sees no GPU (CUDA_VISIBLE_DEVICES hides them?); use --device cpu")
+        raise DeviceError("the NVIDIA driver sees no GPU (CUDA_VISIBLE_DEVICES hides them?)")
     from deploy.runtime.gpu_device import check_gpu
 
     check_gpu(driver, weight_bytes)

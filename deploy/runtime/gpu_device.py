@@ -31,29 +31,32 @@ def check_gpu(driver: Driver, weight_bytes: int) -> None:
     """Raise DeviceError, naming numbers and remedy, unless torch and triton can run weights of that size here."""
     for package in ("torch", "triton"):
         if importlib.util.find_spec(package) is None:
-            raise DeviceError(f"{package} is not installed, which the GPU backend needs; pip install 'understudy[gpu]'")
+            raise DeviceError(
+                f"{package} is not installed, which the GPU backend needs",
+                "pip install 'understudy[gpu]', or use --device cpu",
+            )
     needed = torch_cuda_version()
     if needed is None:
         raise DeviceError(
-            "this torch is built for the CPU only; install torch with CUDA (pip install torch), or use --device cpu"
+            "this torch is built for the CPU only", "install torch with CUDA (pip install torch), or use --device cpu"
         )
     if driver.cuda_version[0] < needed[0]:
         have, want = (".".join(map(str, version)) for version in (driver.cuda_version, needed))
         raise DeviceError(
-            f"the NVIDIA driver supports CUDA {have}, this torch needs CUDA {want}; update the driver, install a torch "
-            f"for CUDA {driver.cuda_version[0]}, or use --device cpu"
+            f"the NVIDIA driver supports CUDA {have}, this torch needs CUDA {want}",
+            f"update the driver, install a torch for CUDA {driver.cuda_version[0]}, or use --device cpu",
         )
     gpu = find_gpu()
     if gpu.capability < LEAST_CAPABILITY:
         have, want = (".".join(map(str, version)) for version in (gpu.capability, LEAST_CAPABILITY))
-        raise DeviceError(f"{gpu.name} has compute capability {have}; the kernels need {want}; use --device cpu")
+        raise DeviceError(f"{gpu.name} has compute capability {have}; the kernels need {want}")
     if gpu.free_bytes < weight_bytes + WORKING_BYTES:
         weights, working, free, total = (
             f"{size / 2**30:.1f} GiB" for size in (weight_bytes, WORKING_BYTES, gpu.free_bytes, gpu.total_bytes)
         )
         raise DeviceError(
-            f"the bundle's models need {weights} and {working} to work in, {gpu.name} has {free} free of {total}; "
-            "end what else uses it, or use --device cpu"
+            f"the bundle's models need {weights} and {working} to work in, {gpu.name} has {free} free of {total}",
+            "end what else uses it, or use --device cpu",
         )
 
 
@@ -75,7 +78,7 @@ def find_gpu() -> Gpu:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         free_bytes, total_bytes = torch.cuda.mem_get_info()
     except (RuntimeError, AssertionError) as error:
-        raise DeviceError(f"CUDA does not start ({error}); use --device cpu") from error
+        raise DeviceError(f"CUDA does not start ({error})") from error
     return Gpu(properties.name, (properties.major, properties.minor), total_bytes, free_bytes)
 
 
