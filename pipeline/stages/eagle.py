@@ -9,16 +9,21 @@ machine's speed, which the summary says (`is_reproducible`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from deploy.formats.architectures import ModelShape
+from deploy.formats.errors import FormatError
+from deploy.formats.speculators import CONFIG_FILE, WEIGHTS_FILE, EagleDirectory
 from pipeline.graph import BuildContext
+from pipeline.manifest import sha256_file
 from pipeline.stages.training import keyed_settings, train_settings, unkeyed_settings
 
 HEAD = "head"
 HISTORY = "history.json"
-UNKEYED = ("min_acceptance",)
-"""Settings that change nothing in the result, beside those of the training itself."""
+UNKEYED = ("min_acceptance", "initial")
+"""Settings that change nothing in the result, beside those of the training itself; a head that training starts from
+enters the key by its files' digests."""
 
 
 def keyed(config: dict[str, Any]) -> dict[str, Any]:
@@ -30,6 +35,14 @@ def keyed(config: dict[str, Any]) -> dict[str, Any]:
 def unkeyed(config: dict[str, Any]) -> dict[str, Any]:
     """The training settings that do not."""
     return unkeyed_settings(config["train"])
+
+
+def fingerprint(config: dict[str, Any], key: str) -> dict[str, str]:
+    """Digests of the head that training starts from, where one is named."""
+    if config["initial"] is None:
+        return {}
+    files = [Path(config["initial"]).expanduser() / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    return {f"{key}.initial/{file.name}": sha256_file(file) for file in files if file.is_file()}
 
 
 def feature_layers(config: dict[str, Any], num_layers: int, key: str = "eagle") -> tuple[int, ...]:
@@ -57,7 +70,9 @@ def check(config: dict[str, Any], read_shape: Callable[[], ModelShape], key: str
     config: all of `key`. read_shape: () → the ModelShape of the model that the head drafts for.
     """
     shape = read_shape()
-    feature_layers(config, shape.num_layers, key)
+    layers = feature_layers(config, shape.num_layers, key)
+    if config["initial"] is not None:
+        _check_initial(config, shape, layers, key)
     check_vocabulary(config["vocabulary"], shape.vocab_size, f"{key}.vocabulary")
     for name in ("unrolls", "num_drafted", "heldout_conversations", "compared_conversations"):
         if config[name] < 1:
@@ -66,6 +81,21 @@ def check(config: dict[str, Any], read_shape: Callable[[], ModelShape], key: str
         raise ValueError(f"{key}.step_decay={config['step_decay']} must be above 0; 0.8 and 1.0 are usual")
     check_worth(config, key)
     train_settings(config["train"]).check(f"{key}.train.")
+
+
+def _check_initial(config: dict[str, Any], shape: ModelShape, layers: tuple[int, ...], key: str) -> None:
+    """Raises ValueError when `initial` is no head that this training can go on with."""
+    given = f"{key}.initial={config['initial']}"
+    try:
+        with EagleDirectory.open(Path(config["initial"]).expanduser(), shape) as head:
+            found = head.config
+    except FormatError as error:
+        raise ValueError(f"{given}: {error}; name a bundle's eagle-target/, or leave it out") from error
+    theirs = {"feature_layers": list(found.feature_layers), "norm_before_residual": found.norm_before_residual}
+    ours = {"feature_layers": list(layers), "norm_before_residual": config["norm_before_residual"]}
+    for name, value in theirs.items():
+        if value != ours[name]:
+            raise ValueError(f"{given} has {name}={value}, and {key}.{name} is {ours[name]}; set it to the head's")
 
 
 def check_vocabulary(config: dict[str, Any], vocab_size: int, key: str) -> None:
@@ -97,8 +127,8 @@ def check_heldout(generate: dict[str, Any]) -> None:
         )
 
 
-def build(unkeyed_training: dict[str, Any], threads: int | None, context: BuildContext) -> None:
+def build(unkeyed_training: dict[str, Any], initial: str | None, threads: int | None, context: BuildContext) -> None:
     """Writes `head/` and `history.json`; continues from the checkpoints of an interrupted build."""
     from pipeline.stages.eagle_training import train_head
 
-    train_head(unkeyed_training, threads, context)
+    train_head(unkeyed_training, None if initial is None else Path(initial).expanduser(), threads, context)

@@ -79,6 +79,8 @@ class EagleHeadConfig:
 
     feature_layers: i is what enters decoder layer i, negative ones count from what enters the final norm (-1); null:
         2, half of them and the third from the end, as in EAGLE-3.
+    initial: directory of a head for the same model, a bundle's `eagle-target/` for one, whose training goes on; null:
+        the head starts from the model's own last step.
     unrolls: steps of the training-time test; step_decay: weight of each step's loss relative to the one before.
     num_drafted: tokens that evaluation drafts in a row. heldout_conversations: how many it measures on, at most.
     compared_conversations: how many are recomputed with the reference and with torch before training.
@@ -86,6 +88,7 @@ class EagleHeadConfig:
     """
 
     method: str = "eagle"
+    initial: str | None = None
     feature_layers: list[int] | None = None
     norm_before_residual: bool = MISSING
     vocabulary: DraftVocabularyConfig = field(default_factory=DraftVocabularyConfig)

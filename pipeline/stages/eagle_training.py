@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from deploy.formats.draft_vocabulary import read_draft_vocabulary
 from deploy.formats.eagle_config import EagleConfig
 from deploy.formats.eagle_record import TrainingRecord
 from deploy.formats.model_dir import ModelDirectory
+from deploy.formats.speculators import EagleDirectory
 from deploy.runtime.cpu_backend import CpuBackend
 from pipeline.graph import BuildContext
 from pipeline.report.drafter import summary_line
@@ -29,7 +31,7 @@ from pipeline.stages.served_form import SERVED_FORM, read_bytes
 from pipeline.stages.training import remove_traces, run_training, train_settings
 from train.data.conversations import Conversation, read_conversations
 from train.eagle.head import EagleHead
-from train.eagle.initial import make_teacher, start_from_target, target_embedding
+from train.eagle.initial import make_teacher, start_from_head, start_from_target, target_embedding
 from train.eagle.objective import TrainingTimeTest
 from train.eagle.rollout import HeldOut
 from train.eagle.task import EagleTask
@@ -48,8 +50,9 @@ class _Data:
     counts: Any
 
 
-def train_head(unkeyed: dict[str, Any], threads: int | None, context: BuildContext) -> None:
-    """Fills the stage's artifact. unkeyed: training settings that are no part of its key."""
+def train_head(unkeyed: dict[str, Any], initial: Path | None, threads: int | None, context: BuildContext) -> None:
+    """Fills the stage's artifact. unkeyed: training settings that are no part of its key. initial: of a head to start
+    from."""
     config, model_dir = context.config, context.inputs["quantize"] / "model"
     owner = read_owner(context)
     settings = train_settings({**config["train"], **unkeyed})
@@ -64,7 +67,7 @@ def train_head(unkeyed: dict[str, Any], threads: int | None, context: BuildConte
         above_ids = _vocabulary_above(context, target.shape.vocab_size)
         size = min(config["vocabulary"]["size"], len(above_ids))
         draft_ids = keep_most_frequent(_only(data.counts, above_ids), size, target.eos_token_ids)
-        task, head = _make_task(context, target, layers, columns, heldout, draft_ids)
+        task, head = _make_task(context, target, layers, columns, heldout, draft_ids, initial)
         result, loss = run_training(context, task, data.train, settings, "training the head", features=source)
         measured = measure_sizes(
             head,
@@ -120,8 +123,12 @@ def _make_task(
     columns: tuple[int, ...],
     heldout: HeldOut,
     draft_ids: Ids,
+    initial: Path | None,
 ) -> tuple[EagleTask, EagleHead]:
-    """A head that starts from the target, and what it is to learn. columns: places of `layers` among the features."""
+    """A head that starts from the target, or from the one at `initial`, and what it is to learn.
+
+    columns: places of `layers` among the features.
+    """
     import torch
 
     config, ids = context.config, torch.from_numpy(draft_ids)
@@ -137,6 +144,9 @@ def _make_task(
     )
     head = EagleHead(shape, target_embedding(target))
     start_from_target(head, target, ids)
+    if initial is not None:
+        with EagleDirectory.open(initial, target.shape) as trained:
+            start_from_head(head, trained, ids)
     _, in_vocabulary = vocabulary_maps(draft_ids, target.shape.vocab_size)
     objective = TrainingTimeTest(
         teacher=make_teacher(target, ids).to(device),

@@ -82,10 +82,11 @@ def _head(plain: dict[str, Any], role: str, read_shape: Callable[[], ModelShape]
         instance=role,
         version=VERSIONS["eagle"],
         config=eagle.keyed(config),
-        build=partial(lazy("pipeline.stages.eagle:build"), eagle.unkeyed(config), plain["threads"]),
+        build=partial(lazy("pipeline.stages.eagle:build"), eagle.unkeyed(config), config["initial"], plain["threads"]),
         inputs=inputs,
         seed=plain["seed"],
         packages=TRAINED_WITH,
+        fingerprint=partial(eagle.fingerprint, config, key),
         check=check,
         resumable=True,
     )
