@@ -10,6 +10,7 @@ the paper's share (arXiv 2402.17985). SmoothQuant's W8A8 is measured beside.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import tempfile
@@ -27,6 +28,8 @@ from pipeline.schema import Config, register
 from pipeline.stages.graph import build_graph
 
 ALONE = ("stage=quality", "quality=none", "eagle=none", "intermediate=none", "evaluate=none")
+PLACES = ("store=", "bundles=", "threads=", "target.path=")
+"""Overrides that change no figure, and are left out of the result."""
 OF_BOTH = ("quantize.num_samples=", "quantize.calibration=")
 """Keys that FlattenQuant and SmoothQuant have in the same sense."""
 SHARES = (0.0, 0.25, 0.4829, 0.75, 1.0)
@@ -39,6 +42,7 @@ def measure(*overrides: str) -> dict[str, Any]:
         config = cast(Config, compose("config", [*ALONE, *overrides]))
         with tempfile.TemporaryDirectory() as run_dir:
             outcomes = run_config(config, Path(run_dir), build_graph)
+    gc.collect()  # llmcompressor's models refer to themselves; several of them would not fit
     paths = {outcome.stage.instance: outcome.artifact.path for outcome in outcomes}
     return {
         "model": paths["quantize"] / "model",
@@ -109,7 +113,8 @@ def main() -> None:
     costs, source = layer_costs(first, criterion), first["quality"]["source"]
     smooth = point(measure("quantize=smoothquant", *shared), None)
     show("SmoothQuant W8A8", smooth, source)
-    result = {"overrides": arguments.overrides, "source": source, "smoothquant_w8a8": smooth, "flattenquant": []}
+    told = [override for override in arguments.overrides if not override.startswith(PLACES)]
+    result = {"overrides": told, "source": source, "smoothquant_w8a8": smooth, "flattenquant": []}
     for share in arguments.shares:
         gamma = gamma_for(share, costs)
         found = measure("quantize=flattenquant", *arguments.overrides, f"quantize.gamma={gamma!r}") if gamma else first
