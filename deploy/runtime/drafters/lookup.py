@@ -28,9 +28,12 @@ class Match:
 
 @dataclass
 class _Index:
-    """Where each n-gram of the text's first `num_tokens` tokens was last followed by something."""
+    """Where each n-gram of the text's first `num_tokens` tokens was last followed by something.
 
-    followers: dict[tuple[int, ...], int] = field(default_factory=dict)
+    followers: by the n-gram's hash, which takes less memory; were two of them equal, a draft would be wrong, no more.
+    """
+
+    followers: dict[int, int] = field(default_factory=dict)
     num_tokens: int = 0
 
 
@@ -72,10 +75,10 @@ class LookupDrafter:
         for end in range(max(index.num_tokens, 1), len(path)):
             for length in self._num_tokens:
                 if end >= length:
-                    index.followers[tuple(path[end - length : end])] = end
+                    index.followers[hash(tuple(path[end - length : end]))] = end
         index.num_tokens = len(path)
         for length in self._num_tokens:
-            position = index.followers.get(tuple(path[-length:])) if len(path) >= length else None
+            position = index.followers.get(hash(tuple(path[-length:]))) if len(path) >= length else None
             if position is not None:
                 return Match(position, length)
         return None
