@@ -29,7 +29,7 @@ from pipeline.stages.graph import build_graph
 
 ALONE = ("stage=quality", "quality=none", "eagle=none", "intermediate=none", "evaluate=none")
 PLACES = ("store=", "bundles=", "threads=", "target.path=")
-"""Overrides that change no figure, and are left out of the result."""
+"""Overrides that say where things lie here; the result leaves them out, and target.name= says whose figures it has."""
 OF_BOTH = ("quantize.num_samples=", "quantize.calibration=")
 """Keys that FlattenQuant and SmoothQuant have in the same sense."""
 SHARES = (0.0, 0.25, 0.4829, 0.75, 1.0)

@@ -2,9 +2,10 @@
 
     python -m benchmarks.lookup ARTIFACT [--conversations 300]
 
-ARTIFACT: of the stage `generate`. At every token that the target wrote greedily, the text's end is looked up in what
-stands before it, and the copy is compared with what the target went on to write. Printed are the share of tokens whose
-longest match has each length, and the share of these whose first, second, … copied tokens are all right.
+ARTIFACT: of the stage `generate`, with generate.stop_loops=false, for what is served is not cut either. At every token
+that the target wrote greedily, the text's end is looked up in what stands before it, and the copy is compared with what
+the target went on to write, where that is long enough. Printed are the share of tokens whose longest match has each
+length, and the share of these whose first, second, … copied tokens are all right.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ def count_copies(conversation: Conversation, counts: dict[int, list[int]]) -> No
     """Add to counts: length of a match (0: none) → how often it was the longest, then how often j copies were right."""
     text, drafter = conversation.token_ids.tolist(), LookupDrafter()
     for begin, end in conversation.spans:
-        for place in range(begin, end):
+        for place in range(begin, end - MOST + 1):
             match = drafter.find(0, text[:place])
             found = counts[match.length if match else 0]
             found[0] += 1
             if match is None:
                 continue
-            copied = copy_onwards(text[:place], match.position, min(MOST, end - place))
-            for j, (ours, theirs) in enumerate(zip(copied, text[place:end], strict=False), 1):
+            copied = copy_onwards(text[:place], match.position, MOST)
+            for j, (ours, theirs) in enumerate(zip(copied, text[place : place + MOST], strict=True), 1):
                 if ours != theirs:
                     break
                 found[j] += 1

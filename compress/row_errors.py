@@ -13,7 +13,7 @@ def squared_row_errors(exact: Tensor, approximate: Tensor) -> Tensor:
     """‖y − ŷ‖² / ‖y‖² of every row, float64 [rows]; 0 for a row that is 0. Both: [..., C]."""
     whole = exact.double().square().sum(-1).flatten()
     error = (exact - approximate).double().square().sum(-1).flatten()
-    return (error / whole).where(whole > 0, 0.0)
+    return (error / whole).where(whole != 0, 0.0)  # what is not a number stays so
 
 
 def relative_error(exact: Tensor, approximate: Tensor) -> float:

@@ -2,8 +2,9 @@
 
 Two kinds per artifact: a *build* lock, so that one run builds while others wait and then reuse; and a *use*
 lock, shared by the runs that read the artifact and exclusive while a rebuild swaps its directory. Both end with
-the process, kill -9 included. Order, which rules out deadlock: build lock of a stage, use locks of its inputs,
-use lock of itself; inputs always come earlier in the graph.
+the process, kill -9 included. Order, which rules out deadlock: build lock of a stage, use lock of an artifact
+that it continues, use locks of its inputs, use lock of itself; inputs always come earlier in the graph, and use locks
+are exclusive for no longer than two renames.
 """
 
 from __future__ import annotations

@@ -112,21 +112,26 @@ class Store:
     def copy(self, manifest: Manifest, directory: Path, announce: Announce) -> Artifact | None:
         """Put an artifact's files into `directory`, which is empty: all of them, or none if it is killed meanwhile.
 
-        None where the artifact is damaged or no longer there.
+        None where the artifact is damaged, which is looked at byte by byte, or no longer there.
         """
         with use_lock(self._lock(manifest.stage, manifest.digest), f"{manifest.stage}/{manifest.digest}", announce):
             found = self.find(manifest.stage, manifest.digest)
-            if not isinstance(found, Artifact):
+            if not isinstance(found, Artifact) or verify_artifact(found):
                 return None
-            copying = directory.with_name(directory.name + COPYING)
-            shutil.rmtree(copying, ignore_errors=True)
-            shutil.copytree(found.path, copying, ignore=shutil.ignore_patterns(MANIFEST_NAME))
-            copying.replace(directory)
+            copying = _copying(directory)
+            try:
+                shutil.copytree(found.path, copying, ignore=shutil.ignore_patterns(MANIFEST_NAME))
+                for path in copying.rglob("*"):
+                    _fsync(path)
+                copying.replace(directory)
+            finally:
+                shutil.rmtree(copying, ignore_errors=True)
             return found
 
     def partial(self, stage: str, digest: str, *, keep: bool) -> Path:
         """The directory to build in; emptied first unless `keep`. Call only while `building`."""
         path = self.path(stage, digest).with_name(digest + PARTIAL)
+        shutil.rmtree(_copying(path), ignore_errors=True)  # of a run that was killed
         if path.exists() and not keep:
             shutil.rmtree(path)
         path.mkdir(exist_ok=True)
@@ -203,6 +208,11 @@ def _first_wrong_size(path: Path, manifest: Manifest) -> str | None:
         if file.stat().st_size != entry.size:
             return f"{name} has {file.stat().st_size} bytes, not {entry.size}"
     return None
+
+
+def _copying(directory: Path) -> Path:
+    """Where a copy grows that will become `directory`."""
+    return directory.with_name(directory.name + COPYING)
 
 
 def _fsync(path: Path) -> None:

@@ -47,13 +47,14 @@ class _Inputs:
     def add(self, x: Tensor, num_rows: int) -> None:
         """x: [tokens, C], of which `num_rows` are kept, evenly spread.
 
-        The first token's, which is like no other, is not kept where there are more than `num_rows`.
+        The first token's, which is like no other, is not kept where there is another.
         """
         found = x.abs().amax(0)
         self.channel_max = found if self.channel_max is None else torch.maximum(self.channel_max, found)
-        num_kept = min(num_rows, len(x))
-        places = (2 * torch.arange(num_kept) + 1) * len(x) // (2 * num_kept)
-        self.rows.append(x[places].clone())
+        later = x[1:] if len(x) > 1 else x
+        num_kept = min(num_rows, len(later))
+        places = (2 * torch.arange(num_kept) + 1) * len(later) // (2 * num_kept)
+        self.rows.append(later[places].clone())
 
 
 class FlattenQuantModifier(Modifier):

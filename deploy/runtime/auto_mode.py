@@ -1,4 +1,4 @@
-"""Mode auto: the bundle's candidates with what this machine's costs and the bundle's acceptance say of them."""
+"""Mode auto: candidates, with what this machine's costs and known acceptance promise of each."""
 
 from __future__ import annotations
 

@@ -150,14 +150,18 @@ class Stream:
         self.path.append(token)
         if token in eos:
             self.finish_reason = "eos"
-        elif (self._writer is not None and self._writer.write(token)) or self._ends():
+        elif self._writer is not None and self._writer.write(token):
+            self.finish_reason = "stop"
+            return
+        elif self._is_ended():
             self.finish_reason = "stop"
         elif len(self.path) - self._num_prompt == self._max_tokens:
             self.finish_reason = "length"
-        if self._writer is not None and self.finish_reason not in (None, "stop") and self._writer.finish():
+        if self._writer is not None and self.finish_reason is not None and self._writer.finish():
             self.finish_reason = "stop"
 
-    def _ends(self) -> bool:
+    def _is_ended(self) -> bool:
+        """Whether the request wants no more."""
         ends = self.request.options.ends
         return ends is not None and ends(self.path[self._num_prompt :])
 

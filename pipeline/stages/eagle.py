@@ -9,10 +9,12 @@ machine's speed, which the summary says (`is_reproducible`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from deploy.formats.architectures import ModelShape
+from deploy.formats.eagle_config import EagleConfig
 from deploy.formats.errors import FormatError
 from deploy.formats.speculators import CONFIG_FILE, WEIGHTS_FILE, EagleDirectory
 from pipeline.graph import BuildContext
@@ -21,14 +23,16 @@ from pipeline.stages.training import keyed_settings, train_settings, unkeyed_set
 
 HEAD = "head"
 HISTORY = "history.json"
-UNKEYED = ("min_acceptance", "initial")
-"""Settings that change nothing in the result, beside those of the training itself; a head that training starts from
-enters the key by its files' digests."""
+UNKEYED = ("min_acceptance",)
+"""Settings that change nothing in the result, beside those of the training itself."""
 
 
 def keyed(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of `eagle` that decides what is written, and so enters the digest."""
-    kept = {key: value for key, value in config.items() if key not in UNKEYED}
+    """The part of `eagle` that decides what is written, and so enters the digest.
+
+    Not `initial`, which is a path: the head there enters by its files' digests (`fingerprint`).
+    """
+    kept = {key: value for key, value in config.items() if key not in (*UNKEYED, "initial")}
     return {**kept, "train": keyed_settings(config["train"])}
 
 
@@ -90,12 +94,36 @@ def _check_initial(config: dict[str, Any], shape: ModelShape, layers: tuple[int,
         with EagleDirectory.open(Path(config["initial"]).expanduser(), shape) as head:
             found = head.config
     except FormatError as error:
-        raise ValueError(f"{given}: {error}; name a bundle's eagle-target/, or leave it out") from error
+        raise ValueError(f"{given}: {error}; name the directory of a head for this model, or leave it out") from error
     theirs = {"feature_layers": list(found.feature_layers), "norm_before_residual": found.norm_before_residual}
     ours = {"feature_layers": list(layers), "norm_before_residual": config["norm_before_residual"]}
     for name, value in theirs.items():
         if value != ours[name]:
             raise ValueError(f"{given} has {name}={value}, and {key}.{name} is {ours[name]}; set it to the head's")
+    wanted = EagleConfig.for_target(
+        shape,
+        draft_vocab_size=found.draft_vocab_size,
+        feature_layers=layers,
+        norm_before_residual=found.norm_before_residual,
+        num_drafted=found.num_drafted,
+        embedding=found.embedding,
+    ).layer
+    for name, value in asdict(wanted).items():
+        if name != "context_length" and getattr(found.layer, name) != getattr(wanted, name):
+            raise ValueError(
+                f"{given} has a layer of {name}={getattr(found.layer, name)}, and a head for this model has"
+                f" {value}; leave it out"
+            )
+
+
+def check_place(config: dict[str, Any], key: str, published: Path) -> None:
+    """Raises ValueError when the head that training starts from lies in the bundle that the run replaces: the same
+    command would then never find its result, and train again each time."""
+    initial = config["initial"]
+    if initial is not None and Path(initial).expanduser().absolute().is_relative_to(published.absolute()):
+        raise ValueError(
+            f"{key}.initial={initial} lies in {published}, which this run replaces; give the new bundle another name="
+        )
 
 
 def check_vocabulary(config: dict[str, Any], vocab_size: int, key: str) -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from deploy.formats.draft_vocabulary import read_draft_vocabulary
 from deploy.formats.eagle_config import EagleConfig
-from deploy.formats.eagle_record import TrainingRecord
+from deploy.formats.eagle_record import Owner, TrainingRecord
 from deploy.formats.model_dir import ModelDirectory
 from deploy.formats.speculators import EagleDirectory
 from deploy.runtime.cpu_backend import CpuBackend
@@ -67,7 +67,8 @@ def train_head(unkeyed: dict[str, Any], initial: Path | None, threads: int | Non
         above_ids = _vocabulary_above(context, target.shape.vocab_size)
         size = min(config["vocabulary"]["size"], len(above_ids))
         draft_ids = keep_most_frequent(_only(data.counts, above_ids), size, target.eos_token_ids)
-        task, head = _make_task(context, target, layers, columns, heldout, draft_ids, initial)
+        task, head = _make_task(context, target, layers, columns, heldout, draft_ids)
+        started = None if initial is None else _start_from(initial, head, target, owner, draft_ids)
         result, loss = run_training(context, task, data.train, settings, "training the head", features=source)
         measured = measure_sizes(
             head,
@@ -79,7 +80,7 @@ def train_head(unkeyed: dict[str, Any], initial: Path | None, threads: int | Non
             read_bytes(backend, len(above_ids)),
         )
     is_timed = settings.max_seconds is not None
-    record = _record(config, measured, result, data, is_timed=is_timed)
+    record = _record(config, measured, result, data, started, is_timed=is_timed)
     write_head(context.out / HEAD, measured, owner, record)
     write_history(context.out / HISTORY, history(loss, result.evaluations, with_seconds=is_timed))
     remove_traces(context)
@@ -123,12 +124,8 @@ def _make_task(
     columns: tuple[int, ...],
     heldout: HeldOut,
     draft_ids: Ids,
-    initial: Path | None,
 ) -> tuple[EagleTask, EagleHead]:
-    """A head that starts from the target, or from the one at `initial`, and what it is to learn.
-
-    columns: places of `layers` among the features.
-    """
+    """A head that starts from the target, and what it is to learn. columns: places of `layers` among the features."""
     import torch
 
     config, ids = context.config, torch.from_numpy(draft_ids)
@@ -144,9 +141,6 @@ def _make_task(
     )
     head = EagleHead(shape, target_embedding(target))
     start_from_target(head, target, ids)
-    if initial is not None:
-        with EagleDirectory.open(initial, target.shape) as trained:
-            start_from_head(head, trained, ids)
     _, in_vocabulary = vocabulary_maps(draft_ids, target.shape.vocab_size)
     objective = TrainingTimeTest(
         teacher=make_teacher(target, ids).to(device),
@@ -159,8 +153,31 @@ def _make_task(
     return EagleTask(head, objective, heldout, ids.to(device), config["num_drafted"]), head
 
 
+def _start_from(initial: Path, head: EagleHead, target: ModelDirectory, owner: Owner, draft_ids: Ids) -> dict[str, Any]:
+    """Give `head` the weights of a trained one; what of it goes into the record.
+
+    Raises ValueError when that one was trained for another tokenizer.
+    """
+    import torch
+
+    with EagleDirectory.open(initial, target.shape) as trained:
+        if trained.owner.tokenizer != owner.tokenizer:
+            raise ValueError(
+                f"the head at {initial} was trained for another tokenizer ({trained.owner.tokenizer[:16]}) than the"
+                f" target's ({owner.tokenizer[:16]}); leave eagle.initial out"
+            )
+        start_from_head(head, trained, torch.from_numpy(draft_ids))
+        return {"content": trained.owner.content, "tokens": trained.training.tokens}
+
+
 def _record(
-    config: dict[str, Any], measured: Measured, result: TrainResult, data: _Data, *, is_timed: bool
+    config: dict[str, Any],
+    measured: Measured,
+    result: TrainResult,
+    data: _Data,
+    started: dict[str, Any] | None,
+    *,
+    is_timed: bool,
 ) -> TrainingRecord:
     written = sum(int(found.loss_mask().sum()) for found in data.train)
     covered = float(data.counts[measured.draft_ids].sum() / data.counts.sum())
@@ -182,6 +199,7 @@ def _record(
             "precision": result.precision,
             "vocabulary_coverage": round(covered, 5),
             "vocabulary_choices": [asdict(choice) for choice in measured.choices],
+            **({"started_from": started} if started else {}),
         },
     )
 

@@ -44,15 +44,18 @@ def keyed(config: dict[str, Any]) -> dict[str, Any]:
         device = config["engine"]["device"]
         if (choose_backend("auto", 0) if device == "auto" else device) == "gpu":
             engine["device"] = "gpu"
-    return {**config, "prompts": prompts, "engine": engine}
+    kept = {key: value for key, value in config.items() if key != "stop_loops" or value}
+    return {**kept, "prompts": prompts, "engine": engine}
 
 
 def continues(smaller: dict[str, Any], config: dict[str, Any]) -> bool:
     """Whether a data set of `smaller` is the beginning of one of `config`: all is equal but the number of tokens.
 
-    What a shard holds does not depend on how many follow it (train/data/generation.py).
+    What a shard holds does not depend on how many follow it (train/data/generation.py). So the runtime's data sets
+    grow; other engines may round otherwise from one device, or server, to the next, which no key tells.
     """
-    return smaller["num_tokens"] < config["num_tokens"] and {**smaller, "num_tokens": config["num_tokens"]} == config
+    is_smaller = smaller["num_tokens"] < config["num_tokens"] and config["engine"]["kind"] == "runtime"
+    return is_smaller and {**smaller, "num_tokens": config["num_tokens"]} == config
 
 
 def packages(config: dict[str, Any]) -> tuple[str, ...]:

@@ -76,6 +76,7 @@ def _head(plain: dict[str, Any], role: str, read_shape: Callable[[], ModelShape]
     def check(_keyed: dict[str, Any]) -> None:
         eagle.check(config, read_shape, key)
         eagle.check_heldout(plain["generate"])
+        eagle.check_place(config, key, Path(plain["bundles"]) / plain["name"])
 
     return Stage(
         name="eagle",

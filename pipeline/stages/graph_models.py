@@ -21,12 +21,12 @@ VERSIONS = {
     "eagle": 2,
     "intermediate": 2,
     "measure": 1,
-    "evaluate": 1,
+    "evaluate": 2,
     "export": 6,
 }
 """Raised when a stage's code gives other bytes."""
-METHOD_VERSIONS = {"smoothquant": 2, "flattenquant": 2}
-"""Instead of VERSIONS["quantize"], so that a change to one method leaves the others' models as they are."""
+METHOD_REVISIONS = {"smoothquant": 1, "flattenquant": 1}
+"""Added to VERSIONS["quantize"], so that a change to one method leaves the others' models as they are."""
 
 
 def target_stage(config: dict[str, Any], source: Source, instance: str = "target") -> Stage:
@@ -84,7 +84,7 @@ def quantize_stage(
         if config["method"] not in ("keep", "q4_0")
         else ("gguf",),
         check=check,
-        version=METHOD_VERSIONS.get(config["method"]),
+        revision=METHOD_REVISIONS.get(config["method"], 0),
     )
 
 
@@ -97,14 +97,14 @@ def stage_of(
     *,
     packages: tuple[str, ...],
     check: Callable[[dict[str, Any]], None] | None = None,
-    version: int | None = None,
+    revision: int = 0,
 ) -> Stage:
-    """A stage of which a graph may hold several; `name` is the variant's, "" the bundle's own. version: None for its
-    kind's."""
+    """A stage of which a graph may hold several; `name` is the variant's, "" the bundle's own. revision: added to its
+    kind's version."""
     return Stage(
         name=kind,
         instance=role_of(kind, name),
-        version=VERSIONS[kind] if version is None else version,
+        version=VERSIONS[kind] + revision,
         config=config,
         build=lazy(build) if isinstance(build, str) else build,
         inputs=inputs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -185,14 +186,29 @@ def test_a_build_goes_on_from_the_largest_artifact_that_is_its_beginning(bench: 
     assert bench.line("count", "continues").endswith(bench.run([counting(bench, 2)])[0].artifact.manifest.digest)
 
 
-@pytest.mark.parametrize("difference", ["seed", "version", "force", "damage"])
+@pytest.mark.parametrize("difference", ["seed", "version", "force", "damage", "flipped"])
 def test_what_is_not_its_beginning_is_not_continued(bench: Any, difference: str) -> None:
     (smaller,) = bench.run([counting(bench, 2)])
     if difference == "damage":
         (smaller.artifact.path / "1").unlink()
+    if difference == "flipped":
+        (smaller.artifact.path / "1").write_text("2")
     fields = {difference: 5} if difference in ("seed", "version") else {}
     bench.run([counting(bench, 3, **fields)], force=("count",) if difference == "force" else ())
     assert bench.built == [[]]
+
+
+def test_what_a_killed_copy_left_is_no_artifact_and_goes(bench: Any) -> None:
+    bench.run([counting(bench, 2)])
+    key = bench.run([counting(bench, 3)])[0].artifact
+    shutil.rmtree(key.path)
+    left = key.path.with_name(key.path.name + ".partial.copying")
+    left.mkdir()
+    (left / "0").write_text("half")
+    (outcome,) = bench.run([counting(bench, 3)])
+    assert bench.built == [["0", "1"]]
+    assert outcome.artifact.manifest.content == key.manifest.content
+    assert not left.exists()
 
 
 def damage_manifest(path: Path) -> str:

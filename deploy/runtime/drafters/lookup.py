@@ -7,7 +7,8 @@ tokens. A copy may run into itself, as in LZ77: where a text goes round in three
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from deploy.runtime.drafters.base import Float32
@@ -26,15 +27,40 @@ class Match:
     length: int
 
 
+_TAKEN_BACK = 64
+"""Tokens of an index that can be taken back one by one: drafts that were refused."""
+
+
 @dataclass
 class _Index:
-    """Where each n-gram of the text's first `num_tokens` tokens was last followed by something.
+    """Where each n-gram of the text's first `length` tokens was last followed by something.
 
     followers: by the n-gram's hash, which takes less memory; were two of them equal, a draft would be wrong, no more.
+    replaced: of the last tokens, what each put into `followers` and what stood there before, to take it back.
     """
 
     followers: dict[int, int] = field(default_factory=dict)
-    num_tokens: int = 0
+    length: int = 0
+    replaced: deque[list[tuple[int, int | None]]] = field(default_factory=lambda: deque(maxlen=_TAKEN_BACK))
+
+    def add(self, path: Sequence[int], end: int, lengths: Iterable[int]) -> None:
+        """path[end] follows what ends there."""
+        before = []
+        for length in lengths:
+            if end >= length:
+                key = hash(tuple(path[end - length : end]))
+                before.append((key, self.followers.get(key)))
+                self.followers[key] = end
+        self.replaced.append(before)
+
+    def take_back(self) -> None:
+        """Undo the last `add`."""
+        for key, position in reversed(self.replaced.pop()):
+            if position is None:
+                del self.followers[key]
+            else:
+                self.followers[key] = position
+        self.length -= 1
 
 
 class LookupDrafter:
@@ -54,8 +80,12 @@ class LookupDrafter:
 
     def begin(self, sequence: int, length: int) -> int:
         index = self._indices.get(sequence)
-        if index is not None and index.num_tokens > length:
-            del self._indices[sequence]  # built again in the next draft
+        if index is not None and index.length > length:
+            if index.length - length > len(index.replaced):
+                del self._indices[sequence]  # built again in the next draft
+            else:
+                while index.length > length:
+                    index.take_back()
         return length
 
     def commit(self, sequence: int, tokens: Sequence[int], features: Float32 | None) -> None:
@@ -72,11 +102,9 @@ class LookupDrafter:
     def find(self, sequence: int, path: Sequence[int]) -> Match | None:
         """The longest end of `path` that occurred before, at its last occurrence."""
         index = self._indices.setdefault(sequence, _Index())
-        for end in range(max(index.num_tokens, 1), len(path)):
-            for length in self._num_tokens:
-                if end >= length:
-                    index.followers[hash(tuple(path[end - length : end]))] = end
-        index.num_tokens = len(path)
+        for end in range(max(index.length, 1), len(path)):
+            index.add(path, end, self._num_tokens)
+        index.length = len(path)
         for length in self._num_tokens:
             position = index.followers.get(hash(tuple(path[-length:]))) if len(path) >= length else None
             if position is not None:

@@ -1,6 +1,7 @@
 import pytest
 
 from deploy.runtime.costs import Costs, DraftCost
+from deploy.runtime.drafters.lookup import NUM_TOKENS
 from deploy.runtime.plan import (
     LOOKUP_SURVIVAL,
     Expectation,
@@ -60,7 +61,7 @@ def test_fewer_rows_never_cost_more():
 
 def test_a_lookup_drafts_as_many_tokens_as_pay_on_this_machine():
     found = best_lookups(COSTS)
-    assert list(found) == list(LOOKUP_SURVIVAL)
+    assert list(found) == list(LOOKUP_SURVIVAL) == list(NUM_TOKENS)
     for length, survival in LOOKUP_SURVIVAL.items():
         assert list(survival) == sorted(survival, reverse=True)
         rates = [

@@ -71,8 +71,12 @@ def test_an_answer_ends_with_the_token_after_which_it_is_said_to(session):
         seen.append(list(answer))
         return len(answer) == 13
 
-    result = session.generate(prompt, GenerationOptions(40, ends=ends))
+    pieces = []
+    text = session.tokenizer.decode(list(whole[:13]), skip_special_tokens=True)
+    held_back = text[-1:] + "\0"  # a stop string that may still come when the answer ends
+    result = session.generate(prompt, GenerationOptions(40, stop=(held_back,), ends=ends), pieces.append)
     assert result.token_ids == whole[:13]
+    assert result.text == "".join(pieces) == text
     assert result.finish_reason == "stop"
     assert seen == [list(whole[:count]) for count in range(1, 14)]
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from deploy.runtime.cpu_backend import CpuBackend
 from deploy.runtime.generation import GenerationOptions, Request
 from deploy.runtime.sampling import SamplingParams
 from deploy.runtime.scheduler import Scheduler
+from pipeline.manifest import Manifest
 from pipeline.run import Outcome
+from pipeline.stages.engines import RuntimeEngine
 from train.data.conversations import read_conversations
 from train.data.dialogue import RESPONSES
 
@@ -90,6 +93,13 @@ def generate(model: Path) -> Generate:
 @pytest.fixture(scope="session")
 def whole(generate: Generate, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return generate(tmp_path_factory.mktemp("whole"))
+
+
+def num_generated(manifest: Manifest) -> int:
+    """Tokens that the engine wrote in the run that built the artifact."""
+    found = re.fullmatch(r"(\d+) tokens in .*", manifest.summary["lines"][-1])
+    assert found is not None
+    return int(found[1])
 
 
 def contents(artifact: Path) -> dict[str, bytes]:
@@ -168,9 +178,23 @@ def test_a_larger_budget_goes_on_where_a_smaller_one_ended(
     assert f"generate               continues {smaller.path}" in capsys.readouterr().out
     assert contents(larger.path) == contents(whole.artifact.path)
     assert contents(smaller.path) == before
-    written = re.fullmatch(r"(\d+) tokens in .*", larger.manifest.summary["lines"][-1])
-    assert written is not None
-    assert int(written[1]) < 2500  # of 4000
+    assert num_generated(larger.manifest) < 2500  # of 4000
+
+
+def test_an_engine_that_stops_at_a_loop_and_one_that_is_cut_there_write_the_same(
+    generate: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.data.loops.LOOP_TOKENS", 1)  # any token twice within 64: this model's answers are short
+    monkeypatch.setattr("train.data.loops.CHECKED_EVERY", 1)
+    changes: dict[str, Any] = {"num_tokens": 1500, "num_turns": 1}
+    stopped = generate(tmp_path / "a", **changes).artifact
+    counted = json.loads((stopped.path / "data.json").read_text())["notes"]
+    assert counted["response loops"] > 1
+    submit = RuntimeEngine.submit
+    monkeypatch.setattr(RuntimeEngine, "submit", lambda self, asked: submit(self, replace(asked, stops_loops=False)))
+    cut = generate(tmp_path / "b", **changes).artifact
+    assert contents(cut.path) == contents(stopped.path)
+    assert num_generated(stopped.manifest) < num_generated(cut.manifest)
 
 
 def test_a_data_set_with_another_setting_is_not_continued(

