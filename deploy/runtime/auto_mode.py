@@ -14,7 +14,7 @@ from deploy.runtime.drafters.lookup import LookupDrafter
 from deploy.runtime.drafters.model import EagleDrafter
 from deploy.runtime.machine import describe_device
 from deploy.runtime.modes import DrafterFactory, Mode, available_modes
-from deploy.runtime.plan import MOST_LEVELS, Expectation, best_chain, best_lookups, round_ms, worth_of_row
+from deploy.runtime.plan import MOST_LEVELS, Expectation, best_chain, best_lookups, round_ms, row_ms, worth_of_row
 from deploy.runtime.plan_file import read_plan_file
 from deploy.runtime.tree import TreeLimits
 
@@ -127,7 +127,8 @@ def _head(factory: DrafterFactory, costs: Costs) -> Candidate:
     assert known is not None
     expected = best_chain(costs, "eagle-target", known.acceptance.by_position)
     drafter = ConfidentDrafter(head, _LIMITS, worth_of_row(costs, "eagle-target", expected))
-    return Candidate("eagle", drafter, expected.tokens, round_ms(costs, "eagle-target", expected))
+    milliseconds = round_ms(costs, "eagle-target", expected)
+    return Candidate("eagle", drafter, expected.tokens, milliseconds, row_ms=row_ms(costs, expected))
 
 
 def _planned_ms(costs: Costs, mode: Mode, expected: Expectation) -> float:

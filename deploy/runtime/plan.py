@@ -101,9 +101,13 @@ def best_chain(costs: Costs, drafting_model: str, survival: Sequence[float]) -> 
 def worth_of_row(costs: Costs, drafting_model: str, expected: Expectation) -> float:
     """The least probability of acceptance with which a drafted token pays for its row of the target's forward: what
     the same time gives anyway, at the rate that `expected` reaches."""
+    return row_ms(costs, expected) * expected.tokens / round_ms(costs, drafting_model, expected)
+
+
+def row_ms(costs: Costs, expected: Expectation) -> float:
+    """What one more row adds to the target's forward."""
     rows = expected.nodes + 1
-    row_ms = max(costs.forward_ms("target", rows + 1) - costs.forward_ms("target", rows), 0.0)
-    return row_ms * expected.tokens / round_ms(costs, drafting_model, expected)
+    return max(costs.forward_ms("target", rows + 1) - costs.forward_ms("target", rows), 0.0)
 
 
 def best_lookups(costs: Costs) -> dict[int, Expectation]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deploy.runtime.drafters.base import Drafter, Float32
+from deploy.runtime.drafters.confident import ConfidentDrafter
 from deploy.runtime.drafters.lookup import LookupDrafter
 from deploy.runtime.sampling import SamplingParams
 from deploy.runtime.tree import Draft
@@ -39,14 +40,18 @@ _LONGEST_ROUND = 3.0
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to draft. match_length: for a lookup, of the matches that it stands for. tokens, milliseconds: predicted,
-    a round's."""
+    """A way to draft. tokens, milliseconds: predicted, a round's.
+
+    match_length: for a lookup, of the matches that it stands for. row_ms: for a head whose drafts follow its confidence
+    (ConfidentDrafter), what one more row takes: worth it is what that time gives at the rate which the head has earned.
+    """
 
     name: str
     drafter: Drafter
     tokens: float
     milliseconds: float
     match_length: int | None = None
+    row_ms: float | None = None
 
 
 @dataclass
@@ -146,6 +151,9 @@ class AutoDrafter:
         self._rounds[sequence] = _Round(name, begin)
         self.choices[name] += 1
         chosen = self._candidates[name]
+        if chosen.row_ms is not None:
+            assert isinstance(chosen.drafter, ConfidentDrafter)
+            chosen.drafter.worth = chosen.row_ms * self._records[name].rate
         return chosen.drafter.propose(sequence, path, budget, sampling, sample_index)
 
     def _available(self, sequence: int, path: Sequence[int]) -> list[str]:

@@ -1,6 +1,7 @@
 import pytest
 
 from deploy.runtime.drafters.auto import AutoDrafter, Candidate
+from deploy.runtime.drafters.confident import ConfidentDrafter
 from deploy.runtime.drafters.lookup import LookupDrafter
 from deploy.runtime.drafters.none import NoDrafter
 from deploy.runtime.sampling import SamplingParams
@@ -80,6 +81,27 @@ def test_one_disturbed_round_does_not_decide():
     play(drafter, clock, {0: 2, 3: 3}, {0: 1, 3: 2}, rounds=40)
     play(drafter, clock, {0: 2, 3: 400}, {0: 1, 3: 2}, rounds=1)
     assert play(drafter, clock, {0: 2, 3: 3}, {0: 1, 3: 2}, rounds=10).count(3) >= 7  # but for a trial
+
+
+def test_a_row_is_worth_what_its_time_gives_at_the_rate_that_the_head_has_earned():
+    class Head(ConfidentDrafter):
+        taps = ()
+
+        def __init__(self):
+            self.worth = 9.0
+
+        def propose(self, sequence, path, budget, sampling, sample_index):
+            return Draft.chain([1, 2])
+
+        def commit(self, sequence, tokens, features):
+            pass
+
+    clock, head = Clock(), Head()
+    drafter = AutoDrafter([Candidate("eagle", head, 3.0, 3.0, row_ms=0.2)], clock=clock)
+    drafter.propose(0, [1], 9, GREEDY, 0)
+    assert head.worth == pytest.approx(0.2 * 3 / 3)
+    play(drafter, clock, {2: 4}, {2: 2})
+    assert head.worth == pytest.approx(0.2 * 2 / 4, rel=1e-3)
 
 
 def test_a_lookup_is_taken_only_where_the_text_has_a_match_of_its_length():
