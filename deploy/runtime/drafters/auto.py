@@ -4,7 +4,8 @@ Every candidate starts with the rate that the plan predicts (deploy/runtime/plan
 wall time of its rounds, recent ones weighing more. Acceptance differs by kind of text, and within one; so a candidate
 that lost is tried again, at first soon, then ever more seldom, and the later the more it lost by, which bounds what
 trying costs. A lookup is a candidate only where the text's end occurred before, and one for each length of the match:
-longer ones are right more often.
+longer ones are right more often. What repeats itself is easier for every drafter, so rates are kept apart by the length
+of that match too: a head's rate where there is none says little of its rate where there is one.
 
 Which tokens come out does not depend on any of this.
 """
@@ -86,9 +87,9 @@ class _Record:
 
 @dataclass
 class _Round:
-    """The round that is under way: who drafts, and since when."""
+    """The round that is under way: who drafts, whose record it goes into, and since when."""
 
-    name: str
+    record: _Record
     begin: float
 
 
@@ -103,7 +104,12 @@ class AutoDrafter:
         if not candidates:
             raise ValueError("auto needs at least one candidate")
         self._candidates = {candidate.name: candidate for candidate in candidates}
-        self._records = {c.name: _Record(c.tokens * _PRIOR_ROUNDS, c.milliseconds * _PRIOR_ROUNDS) for c in candidates}
+        self._lookups = {id(c.drafter): c.drafter for c in candidates if c.match_length is not None}
+        lengths = {0} | {c.match_length for c in candidates if c.match_length is not None}
+        self._records = {
+            length: {c.name: _new_record(c) for c in candidates if c.match_length in (None, length)}
+            for length in lengths
+        }
         self._drafters = list({id(c.drafter): c.drafter for c in candidates}.values())
         self.taps = tuple(sorted({layer for drafter in self._drafters for layer in drafter.taps}))
         self._rounds: dict[int, _Round] = {}
@@ -123,8 +129,9 @@ class AutoDrafter:
             for drafter in self._drafters:
                 length = drafter.begin(sequence, length)
         self._rounds.pop(sequence, None)
-        for record in self._records.values():
-            record.fade()
+        for records in self._records.values():
+            for record in records.values():
+                record.fade()
         return length
 
     def commit(self, sequence: int, tokens: Sequence[int], features: Float32 | None) -> None:
@@ -133,7 +140,7 @@ class AutoDrafter:
         finished = self._rounds.pop(sequence, None)
         if finished is not None:
             milliseconds = (self._clock() - finished.begin) * 1e3
-            self._records[finished.name].add(len(tokens), milliseconds)
+            finished.record.add(len(tokens), milliseconds)
 
     def _states_of(self, drafter: Drafter, features: Float32 | None) -> Float32 | None:
         if features is None or not drafter.taps:
@@ -147,49 +154,25 @@ class AutoDrafter:
         self, sequence: int, path: Sequence[int], budget: int, sampling: SamplingParams, sample_index: int
     ) -> Draft:
         begin = self._clock()
-        name = self._choose(self._available(sequence, path))
-        self._rounds[sequence] = _Round(name, begin)
+        records = self._records[self._match_length(sequence, path)]
+        name = _choose(records)
+        self._rounds[sequence] = _Round(records[name], begin)
         self.choices[name] += 1
         chosen = self._candidates[name]
         if chosen.row_ms is not None:
             assert isinstance(chosen.drafter, ConfidentDrafter)
-            chosen.drafter.worth = chosen.row_ms * self._records[name].rate
+            chosen.drafter.worth = chosen.row_ms * records[name].rate
         return chosen.drafter.propose(sequence, path, budget, sampling, sample_index)
 
-    def _available(self, sequence: int, path: Sequence[int]) -> list[str]:
-        names, lengths = [], {}
-        for name, candidate in self._candidates.items():
-            if candidate.match_length is None:
-                names.append(name)
-                continue
-            assert isinstance(candidate.drafter, LookupDrafter)
-            key = id(candidate.drafter)
-            if key not in lengths:
-                match = candidate.drafter.find(sequence, path)
-                lengths[key] = match.length if match else 0
-            if candidate.match_length == lengths[key]:
-                names.append(name)
-        return names
-
-    def _choose(self, names: Sequence[str]) -> str:
-        """The best of the available ones, or one whose turn to be tried again has come."""
-        best = max(names, key=lambda name: self._records[name].rate)
-        chosen = best
-        for name in names:
-            record = self._records[name]
-            record.idle += 1
-            patience = (self._records[best].rate / record.rate) ** _PATIENCE
-            if record.trials == 0 and record.idle >= record.wait * patience:
-                record.trials = _TRIAL_ROUNDS
-                record.wait = min(2 * record.wait, _LONGEST_WAIT)
-            if name != best and record.trials > 0:
-                chosen = name
-        record = self._records[chosen]
-        record.idle = 0
-        record.trials = max(record.trials - 1, 0)
-        if chosen == best:
-            record.wait, record.trials = _FIRST_WAIT, 0
-        return chosen
+    def _match_length(self, sequence: int, path: Sequence[int]) -> int:
+        """How long an end of the text occurred before, as lookups count it; 0 where none did."""
+        lengths = [0]
+        for drafter in self._lookups.values():
+            assert isinstance(drafter, LookupDrafter)
+            match = drafter.find(sequence, path)
+            if match is not None and match.length in self._records:
+                lengths.append(match.length)
+        return max(lengths)
 
     def reset(self, sequence: int) -> None:
         for drafter in self._drafters:
@@ -197,5 +180,33 @@ class AutoDrafter:
         self._rounds.pop(sequence, None)
 
     def rates(self) -> Mapping[str, float]:
-        """Tokens per second by candidate, as it stands."""
-        return {name: 1e3 * record.rate for name, record in self._records.items()}
+        """Tokens per second by candidate, as it stands, over texts with and without a match."""
+        found = {}
+        for name in self._candidates:
+            records = [each[name] for each in self._records.values() if name in each]
+            found[name] = 1e3 * sum(each.tokens for each in records) / sum(each.milliseconds for each in records)
+        return found
+
+
+def _new_record(candidate: Candidate) -> _Record:
+    return _Record(candidate.tokens * _PRIOR_ROUNDS, candidate.milliseconds * _PRIOR_ROUNDS)
+
+
+def _choose(records: Mapping[str, _Record]) -> str:
+    """The best, or one whose turn to be tried again has come."""
+    best = max(records, key=lambda name: records[name].rate)
+    chosen = best
+    for name, record in records.items():
+        record.idle += 1
+        patience = (records[best].rate / record.rate) ** _PATIENCE
+        if record.trials == 0 and record.idle >= record.wait * patience:
+            record.trials = _TRIAL_ROUNDS
+            record.wait = min(2 * record.wait, _LONGEST_WAIT)
+        if name != best and record.trials > 0:
+            chosen = name
+    record = records[chosen]
+    record.idle = 0
+    record.trials = max(record.trials - 1, 0)
+    if chosen == best:
+        record.wait, record.trials = _FIRST_WAIT, 0
+    return chosen

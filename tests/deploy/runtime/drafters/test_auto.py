@@ -83,6 +83,26 @@ def test_one_disturbed_round_does_not_decide():
     assert play(drafter, clock, {0: 2, 3: 3}, {0: 1, 3: 2}, rounds=10).count(3) >= 7  # but for a trial
 
 
+def test_rates_are_kept_apart_for_texts_with_and_without_a_match():
+    """The head gives 4 tokens where nothing repeats and 1 where something does, the lookup there 2."""
+    clock, lookup = Clock(), LookupDrafter({2: 3})
+    drafter = AutoDrafter(
+        [Candidate("eagle", Chain(2), 2.0, 2.0), Candidate("lookup-2", lookup, 1.5, 2.0, match_length=2)], clock=clock
+    )
+    paths = {False: [1, 2, 3, 4], True: [1, 2, 3, 1, 2]}
+    lengths = {True: [], False: []}
+    for number in range(400):
+        is_match = number % 2 == 1
+        drafted = len(drafter.propose(int(is_match), paths[is_match], 9, GREEDY, 0))
+        clock.now += 2e-3
+        drafter.commit(int(is_match), [7] * ((2 if drafted == 3 else 1) if is_match else 4), None)
+        lengths[is_match].append(drafted)
+    assert set(lengths[False]) == {2}
+    assert lengths[True][-100:].count(3) >= 90
+    assert drafter.rates()["lookup-2"] == pytest.approx(1000, rel=0.05)
+    assert 500 < drafter.rates()["eagle"] < 2000
+
+
 def test_a_row_is_worth_what_its_time_gives_at_the_rate_that_the_head_has_earned():
     class Head(ConfidentDrafter):
         taps = ()
