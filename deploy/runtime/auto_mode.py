@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from deploy.formats.bundle import MANIFEST, Bundle, sha256_file
 from deploy.runtime.costs import CONTEXT, Costs, cache_path, measure_drafts, measure_rows, read_costs, write_costs
@@ -13,7 +13,7 @@ from deploy.runtime.drafters.confident import ConfidentDrafter
 from deploy.runtime.drafters.lookup import LookupDrafter
 from deploy.runtime.drafters.model import EagleDrafter
 from deploy.runtime.machine import describe_device
-from deploy.runtime.modes import DrafterFactory, Mode, available_modes
+from deploy.runtime.modes import DrafterFactory, DraftOptions, Mode, available_modes
 from deploy.runtime.plan import MOST_LEVELS, Expectation, best_chain, best_lookups, round_ms, row_ms, worth_of_row
 from deploy.runtime.plan_file import read_plan_file
 from deploy.runtime.tree import TreeLimits
@@ -91,22 +91,38 @@ def auto_drafter(
     candidates += _lookups(costs)
     if "eagle" in modes:
         candidates.append(_head(factory, costs))
-    use = _best_use(costs, {mode: measured[mode] for mode in _INTERMEDIATE if mode in modes and mode in measured})
+    use = _intermediate(factory, costs, {mode: measured[mode] for mode in _INTERMEDIATE if mode in measured}, modes)
     if use is not None:
-        milliseconds = _planned_ms(costs, use, measured[use])
-        rate = measured[use].tokens / milliseconds
-        if rate >= _HOPEFUL * max(c.tokens / c.milliseconds for c in candidates if c.match_length is None):
-            candidates.append(Candidate(use, factory.make(use), measured[use].tokens, milliseconds))
+        mode, options, expected, milliseconds = use
+        best = max(c.tokens / c.milliseconds for c in candidates if c.match_length is None)
+        if expected.tokens / milliseconds >= _HOPEFUL * best:
+            candidates.append(Candidate(mode, factory.make(mode, options), expected.tokens, milliseconds))
     return AutoDrafter(candidates)
 
 
 _INTERMEDIATE: tuple[Mode, ...] = ("chain", "cascade", "cascade-lookup")
 
 
-def _best_use(costs: Costs, measured: Mapping[Mode, Expectation]) -> Mode | None:
-    """Of several uses of the intermediate the most promising one."""
-    rates = {mode: expected.tokens / _planned_ms(costs, mode, expected) for mode, expected in measured.items()}
-    return max(rates, key=lambda mode: rates[mode], default=None)
+def _intermediate(
+    factory: DrafterFactory, costs: Costs, measured: Mapping[Mode, Expectation], modes: Sequence[Mode]
+) -> tuple[Mode, DraftOptions | None, Expectation, float] | None:
+    """The most promising use of the intermediate, with its sizes and a round's milliseconds; None without one.
+
+    Where no plan has measured any, that is the best chain by how the intermediate's drafts were accepted when it was
+    made, which is all that is known.
+    """
+    possible = {mode: expected for mode, expected in measured.items() if mode in modes}
+    if possible:
+        times = {mode: _planned_ms(costs, mode, expected) for mode, expected in possible.items()}
+        mode = max(possible, key=lambda mode: possible[mode].tokens / times[mode])
+        return mode, None, possible[mode], times[mode]
+    if "chain" not in modes:
+        return None
+    known = factory.bundle.component("intermediate").drafter
+    assert known is not None
+    expected = best_chain(costs, "intermediate", known.acceptance.by_position)
+    milliseconds = round_ms(costs, "intermediate", expected)
+    return "chain", DraftOptions(depth=round(expected.levels)), expected, milliseconds
 
 
 def _lookups(costs: Costs) -> list[Candidate]:

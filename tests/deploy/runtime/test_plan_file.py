@@ -8,10 +8,10 @@ from deploy.formats.bundle import Bundle
 from deploy.formats.errors import BundleError
 from deploy.runtime import auto_mode
 from deploy.runtime.auto_mode import auto_drafter, read_plan
-from deploy.runtime.costs import Costs
+from deploy.runtime.costs import Costs, DraftCost
 from deploy.runtime.drafters.none import NoDrafter
 from deploy.runtime.modes import DrafterFactory
-from deploy.runtime.plan import best_lookups
+from deploy.runtime.plan import best_lookups, chain_expectation
 from deploy.runtime.plan_file import make_plan, read_plan_file
 from deploy.runtime.session import Session
 
@@ -92,10 +92,27 @@ def test_an_intermediate_is_loaded_only_where_the_plan_gives_it_a_chance(planned
     bundle = planned(plan)
     factory = DrafterFactory(bundle, Session.open(bundle).backend, "cpu", None)
     make = factory.make
-    monkeypatch.setattr(factory, "make", lambda mode: NoDrafter() if mode == "chain" else make(mode))
+    monkeypatch.setattr(
+        factory, "make", lambda mode, options=None: NoDrafter() if mode == "chain" else make(mode, options)
+    )
     monkeypatch.setattr(auto_mode, "available_modes", lambda _bundle: ("plain", "eagle", "chain"))
     names = {found.name for found in auto_drafter(factory, Costs.from_json(plan["costs"])).candidates}
     assert ("chain" in names) == is_loaded
+
+
+@pytest.mark.parametrize(("row_ms", "depth"), [(0.01, 6), (0.3, 2), (2.0, None)])
+def test_without_a_plan_auto_knows_of_an_intermediate_what_it_was_worth_when_it_was_made(tmp_path, tiny, row_ms, depth):
+    bundle = Bundle.open(tiny.finish_hierarchy(tiny.hierarchy(tmp_path / "b", None), ("target", "intermediate")))
+    drafts = {"intermediate": DraftCost(first_ms=row_ms, level_ms={1: row_ms})}
+    costs = Costs({"target": {1: 2.0, 8: 2.0}, "intermediate": {1: row_ms}}, drafts)
+    factory = DrafterFactory(bundle, Session.open(bundle).backend, "cpu", None)
+    found = {each.name: each for each in auto_drafter(factory, costs).candidates}
+    if depth is None:
+        assert "chain" not in found
+        return
+    survival = bundle.component("intermediate").drafter.acceptance.by_position
+    assert found["chain"].tokens == chain_expectation(survival, depth).tokens
+    assert found["chain"].drafter.limits.depth == depth
 
 
 def test_a_measurement_becomes_a_plan_with_the_fastest_mode_as_its_choice():
