@@ -25,7 +25,28 @@ def attend(
     chains: Chains,
 ) -> Tensor:
     """queries: [C, heads, d], already divided by √d. keys, values: [T, kv_heads, d], step 0's. own_keys, own_values:
-    [C, kv_heads, d] each, of steps 1 … j. Returns [C, heads, d]."""
+    [C, kv_heads, d] each, of steps 1 … j. Returns [C, heads, d].
+
+    On a CPU in float32 at least: for bfloat16 products oneDNN compiles a kernel for every new shape, and conversations
+    have many lengths.
+    """
+    if queries.device.type != "cpu":
+        return _attend(queries, keys, values, own_keys, own_values, chains)
+    with torch.autocast("cpu", enabled=False):
+        queries, keys, values = (tensor.to(accumulator_dtype(tensor)) for tensor in (queries, keys, values))
+        own_keys = [tensor.to(queries.dtype) for tensor in own_keys]
+        own_values = [tensor.to(queries.dtype) for tensor in own_values]
+        return _attend(queries, keys, values, own_keys, own_values, chains)
+
+
+def _attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    own_keys: Sequence[Tensor],
+    own_values: Sequence[Tensor],
+    chains: Chains,
+) -> Tensor:
     context, normalizer = _attend_context(queries, keys, values, chains)
     if not own_keys:
         return context
