@@ -18,11 +18,19 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
+class OptimizerKind(Enum):
+    """adamw; muon: Muon for matrices between layers, AdamW for the rest."""
+
+    adamw = "adamw"
+    muon = "muon"
+
+
 @dataclass
 class TrainConfig:
     """The training loop: train.loop.settings.TrainSettings explains every key. A budget is one of max_seconds,
     max_tokens and max_epochs or several, of which the first that is reached ends the training."""
 
+    optimizer: OptimizerKind = MISSING
     learning_rate: float = MISSING
     min_learning_rate_ratio: float = MISSING
     warmup_share: float = MISSING

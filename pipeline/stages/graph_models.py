@@ -18,7 +18,7 @@ VERSIONS = {
     "quantize": 1,
     "quality": 1,
     "generate": 1,
-    "eagle": 2,
+    "eagle": 3,
     "intermediate": 2,
     "measure": 1,
     "evaluate": 2,

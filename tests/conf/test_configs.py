@@ -114,6 +114,7 @@ def test_every_file_begins_with_a_sentence_in_words(name: str) -> None:
         "eagle.embedding=borrowed",
         "eagle.vocabulary.counts=guessed",
         "eagle.train.precision=fp8",
+        "eagle.train.optimizer=sgd",
         "evaluate=twice",
         "evaluate.number=3",
         "evaluate.num_prompts=many",

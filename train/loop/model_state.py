@@ -1,4 +1,4 @@
-"""Trained parameters and optimizer state as flat dictionaries of tensors, which safetensors can hold."""
+"""Trained parameters as a flat dictionary of tensors, which safetensors can hold."""
 
 from collections.abc import Mapping
 
@@ -32,36 +32,6 @@ def load_trained_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         )
     for name, tensor in state.items():
         own[name].copy_(tensor)
-
-
-def make_optimizer(model: nn.Module, *, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the trained parameters; only matrices are decayed. The learning rate is set at every step."""
-    parameters = list(trained_parameters(model).values())
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas, fused=True)
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's tensors, `<parameter>:<entry>`, on the CPU."""
-    return {
-        f"{name}:{entry}": tensor.detach().cpu().contiguous()
-        for name, parameter in trained_parameters(model).items()
-        for entry, tensor in optimizer.state[parameter].items()
-    }
-
-
-def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give a fresh optimizer a copy of the state that `optimizer_state` gave."""
-    parameters = trained_parameters(model)
-    by_parameter: dict[nn.Parameter, dict[str, Tensor]] = {}
-    for key, tensor in state.items():
-        name, _, entry = key.rpartition(":")
-        by_parameter.setdefault(parameters[name], {})[entry] = tensor.clone()
-    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    indexed = {index: by_parameter[parameter] for index, parameter in enumerate(order) if parameter in by_parameter}
-    optimizer.load_state_dict({"state": indexed, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _shape(shape: torch.Size | None) -> str:

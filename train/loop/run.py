@@ -25,7 +25,7 @@ from train.features import FeatureSource
 from train.loop.batches import Batch, BatchPlan, StepPlan, TokenSequence
 from train.loop.checkpoint import Checkpoint, read_last_checkpoint, write_checkpoint
 from train.loop.loading import FeatureCache, load_batches, prefetched
-from train.loop.model_state import load_optimizer_state, load_trained_state, optimizer_state, trained_state
+from train.loop.model_state import load_trained_state, trained_state
 from train.loop.random_state import random_state, restore_random_state
 from train.loop.settings import TrainSettings
 from train.loop.state import Evaluation, TrainResult, TrainState
@@ -94,7 +94,7 @@ class Run:
             return
         _check_identity(checkpoint, self._identity)
         load_trained_state(self._task.model, checkpoint.model())
-        load_optimizer_state(self._stepper.optimizer, self._task.model, checkpoint.optimizer())
+        self._stepper.optimizer.load_state(checkpoint.optimizer())
         states = checkpoint.state["random"]
         if self._accelerator.process_index < len(states):
             restore_random_state(states[self._accelerator.process_index])
@@ -192,7 +192,7 @@ class Run:
             self.state.step,
             {"identity": self._identity, "train": self.state.to_json(), "random": random_states},
             trained_state(self._task.model),
-            optimizer_state(self._stepper.optimizer, self._task.model),
+            self._stepper.optimizer.state(),
             is_best=bool(evaluations) and self.state.best.step == self.state.step,
             previous=self._checkpoint,
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = ("auto", "fp32", "bf16")
 PREFETCH_BESIDE_GPU = 2
 BUDGET = ("max_seconds", "max_tokens", "max_epochs")
@@ -21,6 +22,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("min_learning_rate_ratio", "warmup_share"), lambda value: 0 <= value <= 1, "between 0 and 1"),
     (("evaluate_every",), lambda value: 0 < value <= 1, "a share of the budget, above 0 and at most 1"),
     (("betas",), lambda value: all(0 <= beta < 1 for beta in value), "0 or more and below 1, e.g. [0.9, 0.95]"),
+    (("optimizer",), lambda value: value in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
     (("precision",), lambda value: value in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
 )
 
@@ -29,7 +31,8 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
 class TrainSettings:
     """How a task is trained.
 
-    learning_rate: AdamW's, at its peak: linear warm-up over `warmup_share` of the budget, then a cosine down to
+    optimizer: adamw or muon (train/loop/optimizer.py).
+    learning_rate: at its peak: linear warm-up over `warmup_share` of the budget, then a cosine down to
         `min_learning_rate_ratio` times the peak.
     weight_decay: on matrices; vectors (norms, biases) are never decayed.
     clip: largest norm of a step's gradient.
@@ -50,6 +53,7 @@ class TrainSettings:
     log_every: steps averaged in one line of the log.
     """
 
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     min_learning_rate_ratio: float = 0.1
     warmup_share: float = 0.03

@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from train.loop.batches import Batch
-from train.loop.model_state import make_optimizer, trained_parameters
+from train.loop.model_state import trained_parameters
+from train.loop.optimizer import Optimizer
 from train.loop.settings import TrainSettings
 from train.loop.task import Losses, Task
 
@@ -56,7 +57,13 @@ class Stepper:
             enable()
         self._model = accelerator.prepare_model(task.model.to(accelerator.device)).train()
         self._parameters = list(trained_parameters(task.model).values())
-        self.optimizer = make_optimizer(task.model, betas=settings.betas, weight_decay=settings.weight_decay)
+        self.optimizer = Optimizer(
+            task.model,
+            settings.optimizer,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            dtype=torch.bfloat16 if self.precision == "bf16" else torch.float32,
+        )
 
     def step(self, batches: Iterator[Batch], num_batches: int, learning_rate: float) -> StepOutcome:
         """Learn from this process's next `num_batches` batches."""
@@ -74,9 +81,7 @@ class Stepper:
         outcome, scale = self._outcome(sums, list(losses.metrics))
         if outcome.is_finite:
             torch._foreach_mul_(self._gradients(), scale)
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            self.optimizer.step()
+            self.optimizer.step(learning_rate)
         return outcome
 
     @torch.no_grad()

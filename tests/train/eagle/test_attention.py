@@ -49,6 +49,25 @@ def test_gradients_are_those_of_finite_differences(eagle: Any, num_own: int) -> 
     assert gradcheck(lambda *tensors: call(chains, *tensors), inputs(chains, len(batch.token_ids), num_own))
 
 
+def test_on_a_cpu_bfloat16_inputs_are_attended_in_float32(eagle: Any) -> None:
+    batch = eagle.batch(seed=1)
+    chains = find_chains(batch, 3)
+    rounded = [tensor.detach().bfloat16() for tensor in inputs(chains, len(batch.token_ids), 2)]
+    results = []
+    for dtype in (torch.float64, torch.bfloat16):
+        tensors = [tensor.to(dtype).requires_grad_() for tensor in rounded]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            found = call(chains, *tensors)
+        found.square().sum().backward()
+        results.append((found, [tensor.grad for tensor in tensors]))
+    (expected, gradients), (found, rounded_gradients) = results
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(rounded_gradients, gradients, strict=True):
+        assert ours is not None and theirs is not None
+        torch.testing.assert_close(ours, theirs.bfloat16(), atol=1e-4, rtol=1e-2)
+
+
 def test_without_chains_nothing_is_attended(eagle: Any) -> None:
     batch = eagle.pack(eagle.conversations(0, [[]], [6]))
     chains = find_chains(batch, 3)

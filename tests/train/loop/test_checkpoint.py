@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,10 +16,7 @@ from torch import Tensor, nn
 
 from train.loop.checkpoint import Checkpoint, list_checkpoints, read_last_checkpoint, write_checkpoint
 from train.loop.model_state import (
-    load_optimizer_state,
     load_trained_state,
-    make_optimizer,
-    optimizer_state,
     trained_state,
 )
 
@@ -188,24 +184,6 @@ class Tied(nn.Module):
 
 def test_the_trained_state_is_what_training_changes() -> None:
     assert set(trained_state(Tied())) == {"embed.weight", "scale", "seen"}
-
-
-def test_model_and_optimizer_go_on_from_their_states() -> None:
-    def step(model: Any, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.zero_grad()
-        (model.head(model.embed(torch.arange(7)) * model.scale) ** 2).sum().backward()
-        for group in optimizer.param_groups:
-            group["lr"] = 0.1
-        optimizer.step()
-
-    one, other = Tied(), Tied()
-    optimizers = [make_optimizer(model, betas=(0.9, 0.95), weight_decay=0.1) for model in (one, other)]
-    step(one, optimizers[0])
-    load_trained_state(other, trained_state(one))
-    load_optimizer_state(optimizers[1], other, optimizer_state(optimizers[0], one))
-    step(one, optimizers[0])
-    step(other, optimizers[1])
-    assert all(torch.equal(tensor, trained_state(other)[name]) for name, tensor in trained_state(one).items())
 
 
 @pytest.mark.parametrize(

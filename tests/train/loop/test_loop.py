@@ -74,7 +74,14 @@ def test_training_raises_tau_and_lowers_the_loss(tmp_path: Path) -> None:
     assert result.best.tau == max(evaluation.tau for evaluation in result.evaluations)
 
 
-@pytest.mark.parametrize("options", [{"max_tokens": TOKENS}, {"max_epochs": 3.5, "accumulation": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": TOKENS},
+        {"max_tokens": TOKENS, "optimizer": "muon"},
+        {"max_epochs": 3.5, "accumulation": 3},
+    ],
+)
 def test_a_run_interrupted_anywhere_ends_with_the_same_bits(tmp_path: Path, options: dict[str, Any]) -> None:
     whole = run(TinyTask(), tmp_path / "whole", **options)
     # Checkpoints at every step, at evaluations only, and both in turn.

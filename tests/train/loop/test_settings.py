@@ -26,6 +26,7 @@ SETTINGS = TrainSettings(max_tokens=1000)
         ({"warmup_share": 1.5}, "eagle.warmup_share=1.5 must be between 0 and 1"),
         ({"evaluate_every": 0.0}, "eagle.evaluate_every=0.0 must be a share of the budget"),
         ({"betas": (0.9, 1.0)}, r"eagle.betas=\(0.9, 1.0\) must be 0 or more and below 1"),
+        ({"optimizer": "sgd"}, "eagle.optimizer=sgd must be one of adamw, muon"),
         ({"precision": "fp16"}, "eagle.precision=fp16 must be one of auto, fp32, bf16"),
         ({"max_length": 4096}, "eagle.max_length=4096 exceeds eagle.tokens_per_batch=2048; .*lower the one"),
     ],

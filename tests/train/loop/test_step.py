@@ -87,13 +87,21 @@ def test_a_non_finite_gradient_leaves_parameters_and_optimizer_as_they_were(valu
     stepper = make_stepper(task)
     stepper.step(iter(make_batches()), 3, learning_rate=0.01)
     before = [parameter.clone() for parameter in task.model.parameters()]
-    moments = [state["exp_avg"].clone() for state in stepper.optimizer.state.values()]
+    moments = {name: tensor.clone() for name, tensor in stepper.optimizer.state().items()}
     task.model.head.bias.register_hook(lambda gradient: gradient * value)
     outcome = stepper.step(iter(make_batches()), 3, learning_rate=0.01)
     assert not outcome.is_finite and math.isfinite(outcome.loss)
     assert all(torch.equal(old, new) for old, new in zip(before, task.model.parameters(), strict=True))
-    after = [state["exp_avg"] for state in stepper.optimizer.state.values()]
-    assert all(torch.equal(old, new) for old, new in zip(moments, after, strict=True))
+    after = stepper.optimizer.state()
+    assert moments.keys() == after.keys() and any("exp_avg" in name for name in moments)
+    assert all(torch.equal(moments[name], after[name]) for name in moments)
+
+
+@pytest.mark.parametrize(("optimizer", "has_momentum"), [("adamw", False), ("muon", True)])
+def test_the_settings_choose_the_optimizer(optimizer: str, has_momentum: bool) -> None:
+    stepper = make_stepper(make_task(), optimizer=optimizer)
+    stepper.step(iter(make_batches()), 3, learning_rate=0.01)
+    assert any(name.endswith(":momentum") for name in stepper.optimizer.state()) == has_momentum
 
 
 def test_recomputed_activations_give_the_same_bits_and_run_layers_twice() -> None:
