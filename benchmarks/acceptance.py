@@ -1,0 +1,109 @@
+"""What EAGLE heads of a target accept on given prompts, answered greedily: simulated τ and acceptance by place.
+
+    python -m benchmarks.acceptance BUNDLE --prompts FILE.jsonl [--heads DIR …] [--drafted 4]
+        [--categories writing,coding,…] [--per-category 5] [--tokens 128] [--json OUT]
+
+heads: directories as a bundle's `eagle-target/`, which is the default. First turns are answered by plain decoding, then
+speculative decoding with chains is replayed on the answers (train/replay.py) for every head, in torch and float32: the
+head by itself, before the runtime rounds its weights. Printed too: the share of the answers' tokens that stand where an
+answer is known to go round in circles, which any drafter finds easy.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.machine import fingerprint, write_json
+from benchmarks.speculative import MT_BENCH, choose_records
+from deploy.formats.bundle import Bundle
+from deploy.formats.speculators import EagleDirectory
+from deploy.runtime.cpu_backend import CpuBackend
+from deploy.runtime.generation import GenerationOptions, Request
+from deploy.runtime.prompts import PromptRecord
+from deploy.runtime.session import Session
+from pipeline.stages.features import RuntimeFeatures
+from train.data.conversations import Conversation
+from train.data.loops import until_loop
+from train.eagle.head import EagleHead
+from train.eagle.initial import start_from_head, target_embedding
+from train.eagle.rollout import HeldOut
+
+
+def answer(session: Session, records: Sequence[PromptRecord], num_tokens: int) -> list[Conversation]:
+    """The records' first turns with the target's greedy answers, in their order."""
+    prompts = [session.encode_chat([{"role": "user", "content": record.turns[0]}]) for record in records]
+    requests = [Request(prompt, GenerationOptions(num_tokens)) for prompt in prompts]
+    answers = dict(session.generate_many(requests))
+    conversations = []
+    for index, prompt in enumerate(prompts):
+        text = np.array([*prompt, *answers[index].token_ids], np.int32)
+        conversations.append(Conversation(text, ((len(prompt), len(text)),), 0.0, index))
+    return conversations
+
+
+def looping_share(conversations: Sequence[Conversation]) -> float:
+    """Of the written tokens, those behind the point where their answer is known to loop."""
+    written = [text.token_ids[begin:end].tolist() for text in conversations for begin, end in text.spans]
+    return 1 - sum(len(until_loop(tokens)) for tokens in written) / sum(map(len, written))
+
+
+def measure(
+    session: Session, head_dir: Path, bundle: Bundle, groups: dict[str, list[Conversation]], num_drafted: int
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Group → its replay's metrics, by the head at `head_dir`."""
+    target = bundle.model("target")
+    with EagleDirectory.open(head_dir, target.shape) as trained:
+        head = EagleHead(trained.config, target_embedding(target)).eval()
+        ids = torch.from_numpy(trained.draft_ids)
+        start_from_head(head, trained, ids)
+        layers = trained.config.feature_layers
+    source = RuntimeFeatures(session.backend, layers)
+    for name, conversations in groups.items():
+        held_out = HeldOut(conversations, source, tuple(range(len(layers))))
+        yield name, held_out.replay(head, ids, num_drafted).metrics()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--heads", type=Path, nargs="+")
+    parser.add_argument("--drafted", type=int, default=4)
+    parser.add_argument("--categories", type=lambda text: text.split(","), default=list(MT_BENCH))
+    parser.add_argument("--per-category", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    bundle = Bundle.open(arguments.bundle)
+    session = Session.open(bundle, threads=arguments.threads)
+    records = choose_records(arguments)
+    conversations = answer(session, records, arguments.tokens)
+    groups = {"all": conversations}
+    for record, conversation in zip(records, conversations, strict=True):
+        groups.setdefault(record.category, []).append(conversation)
+    looping = looping_share(conversations)
+    num_written = sum(conversation.num_written for conversation in conversations)
+    print(f"{len(records)} prompts, {num_written} tokens, {looping:.1%} of them in loops")
+    result: dict[str, Any] = {"prompts": len(records), "tokens_each": arguments.tokens, "looping_share": looping}
+    for head_dir in arguments.heads or [bundle.path / "eagle-target"]:
+        found = dict(measure(session, head_dir, bundle, groups, arguments.drafted))
+        result[str(head_dir)] = found
+        for name, metrics in found.items():
+            places = " ".join(f"{metrics[f'acceptance_{place}']:.2f}" for place in range(1, arguments.drafted + 1))
+            print(f"{head_dir} {name:12} τ {metrics['tau']:.2f}, accepted given those before: {places}", flush=True)
+    if arguments.json:
+        assert isinstance(session.backend, CpuBackend)
+        write_json(arguments.json, {"machine": fingerprint(session.backend.runtime), **result})
+
+
+if __name__ == "__main__":
+    main()
