@@ -52,6 +52,7 @@ void Forward::attend(int32_t layer, int32_t group, int32_t head, int32_t thread)
     for (int32_t row = last - 1; row >= first; --row) {
       const int32_t count = std::min(kKeyBlock, path(row).position + 1 - begin);
       if (count <= 0) continue;
+      if (begin == 0 && row > first) fetch_first_block(layer, head, path(row), path(row - 1));
       widen(layer, head, path(row), begin, count, widened, scratch);
       kernels_.attend(attention_block(row, row - first, head, count, scratch));
     }
@@ -59,6 +60,16 @@ void Forward::attend(int32_t layer, int32_t group, int32_t head, int32_t thread)
   for (int32_t row = first; row < last; ++row)
     kernels_.attend_finish(attention_block(row, row - first, head, 0, scratch),
                            &attention_[product(row, num_q_) + product(head * repeat_, shape_.head_dim)]);
+}
+
+// The first keys and values of another sequence, which nothing before it has read.
+void Forward::fetch_first_block(int32_t layer, int32_t head, const RowPath& at, const RowPath& next) const {
+  if (next.sequence == at.sequence || next.identity == 0) return;
+  const size_t rows = static_cast<size_t>(std::min(kKeyBlock, next.identity));
+  const size_t bytes = rows * static_cast<size_t>(shape_.head_dim) * sizeof(uint16_t);
+  const uint16_t* keys = next.sequence->key(layer, head, 0);
+  fetch(keys, bytes);
+  fetch(keys + next.sequence->value_offset(), bytes);
 }
 
 // Outputs, totals and maxima of one row's query heads.
@@ -88,7 +99,7 @@ void Forward::widen(int32_t layer, int32_t head, const RowPath& at, int32_t begi
     keys[i] = is_in_place ? first + product(i, dim) : at.sequence->key(layer, head, at.slot_at(begin + i));
     values[i] = keys[i] + value_offset;
   }
-  const bool is_next_known = begin + 2 * kKeyBlock <= at.identity;
+  const bool is_next_known = begin + kKeyBlock < at.identity;
   const uint16_t* next = is_next_known ? at.sequence->key(layer, head, begin + kKeyBlock) : nullptr;
   kernels_.widen(keys, count, dim, next, scratch.attention.data());
   kernels_.widen(values, count, dim, next ? next + value_offset : nullptr, &scratch.attention[product(kKeyBlock, dim)]);

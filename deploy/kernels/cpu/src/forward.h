@@ -9,6 +9,12 @@
 
 namespace understudy {
 
+// Asks for memory that will be read soon.
+inline void fetch(const void* from, size_t bytes) {
+  const auto* line = static_cast<const char*>(from);
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, 0, 2);
+}
+
 class Forward : public Program {
  public:
   explicit Forward(Model& model);
@@ -92,6 +98,7 @@ class Forward : public Program {
   void fetch_output_weights(int32_t layer, int32_t thread, int32_t slice, int32_t slices) const;
   float* state_of(Scratch& scratch, int32_t index) const;
   AttentionBlock attention_block(int32_t row, int32_t index, int32_t head, int32_t count, Scratch& scratch) const;
+  void fetch_first_block(int32_t layer, int32_t head, const RowPath& at, const RowPath& next) const;
   void widen(int32_t layer, int32_t head, const RowPath& at, int32_t begin, int32_t count, Widened& widened,
              Scratch& scratch);
   void choose(int32_t row, Scratch& scratch);

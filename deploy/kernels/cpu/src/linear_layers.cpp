@@ -12,11 +12,6 @@ namespace {
 constexpr int32_t kFewRows = 8;
 constexpr int32_t kFetchedRows = 16;  // beyond, computing takes longer than memory
 
-void fetch(const void* from, size_t bytes) {
-  const auto* line = static_cast<const char*>(from);
-  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, 0, 2);
-}
-
 int32_t count_in(const MatrixView& view, int32_t tile) { return std::min(kTile, view.outputs - tile * kTile); }
 
 const float* bias_of(const Matrix& matrix, int32_t tile) {
