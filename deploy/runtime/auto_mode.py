@@ -81,7 +81,8 @@ def auto_drafter(
     """All that the bundle can do, "plain" included; of several uses of the intermediate the most promising one, unless
     that has no hope.
 
-    measured: what the modes' rounds are like; None: what the bundle's plan says.
+    measured: what the modes' rounds are like; None: what the bundle's plan says. Of an intermediate for which that has
+    nothing, its own training record says what a chain of its drafts is worth.
     """
     bundle = factory.bundle
     if measured is None:
@@ -119,7 +120,7 @@ def _intermediate(
     if "chain" not in modes:
         return None
     known = factory.bundle.component("intermediate").drafter
-    assert known is not None
+    assert known is not None and "intermediate" in costs.drafts
     expected = best_chain(costs, "intermediate", known.acceptance.by_position)
     milliseconds = round_ms(costs, "intermediate", expected)
     return "chain", DraftOptions(depth=round(expected.levels)), expected, milliseconds

@@ -44,8 +44,7 @@ def keyed(config: dict[str, Any]) -> dict[str, Any]:
         device = config["engine"]["device"]
         if (choose_backend("auto", 0) if device == "auto" else device) == "gpu":
             engine["device"] = "gpu"
-    kept = {key: value for key, value in config.items() if key != "stop_loops" or value}
-    return {**kept, "prompts": prompts, "engine": engine}
+    return {**config, "prompts": prompts, "engine": engine}
 
 
 def continues(smaller: dict[str, Any], config: dict[str, Any]) -> bool:
@@ -82,8 +81,8 @@ def check(config: dict[str, Any]) -> None:
     from pipeline.stages.generate_check import check_values
 
     check_values(config)
-    if config["engine"]["kind"] == "runtime":
-        choose_backend(config["engine"]["device"], 0)
+    if config["engine"]["kind"] == "runtime" and config["engine"]["device"] == "gpu":
+        choose_backend("gpu", 0)
     if config["prompts"]["share"] > 0 and config["prompts"]["path"]:
         _records(config)
 
