@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.machine import fingerprint, write_json
 from benchmarks.speculative import MT_BENCH, choose_records
-from deploy.formats.bundle import Bundle
+from deploy.formats.bundle import Bundle, sha256_file
 from deploy.formats.speculators import EagleDirectory
 from deploy.runtime.cpu_backend import CpuBackend
 from deploy.runtime.generation import GenerationOptions, Request
@@ -59,6 +59,9 @@ def measure(
     """Group → its replay's metrics, by the head at `head_dir`."""
     target = bundle.model("target")
     with EagleDirectory.open(head_dir, target.shape) as trained:
+        ours = {name: sha256_file(bundle.path / "target" / name) for name in trained.owner.model_files}
+        if ours != trained.owner.model_files:
+            raise SystemExit(f"{head_dir}: was trained for another target than {bundle.path}'s")
         head = EagleHead(trained.config, target_embedding(target)).eval()
         ids = torch.from_numpy(trained.draft_ids)
         start_from_head(head, trained, ids)
