@@ -7,6 +7,7 @@ FlashAttention (arXiv 2205.14135, section 3.1).
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -30,35 +31,24 @@ def attend(
     On a CPU in float32 at least: for bfloat16 products oneDNN compiles a kernel for every new shape, and conversations
     have many lengths.
     """
-    if queries.device.type != "cpu":
-        return _attend(queries, keys, values, own_keys, own_values, chains)
-    with torch.autocast("cpu", enabled=False):
-        queries, keys, values = (tensor.to(accumulator_dtype(tensor)) for tensor in (queries, keys, values))
-        own_keys = [tensor.to(queries.dtype) for tensor in own_keys]
-        own_values = [tensor.to(queries.dtype) for tensor in own_values]
-        return _attend(queries, keys, values, own_keys, own_values, chains)
-
-
-def _attend(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    own_keys: Sequence[Tensor],
-    own_values: Sequence[Tensor],
-    chains: Chains,
-) -> Tensor:
-    context, normalizer = _attend_context(queries, keys, values, chains)
-    if not own_keys:
-        return context
-    num_chains, num_heads, size = queries.shape
-    grouped = (num_chains * keys.shape[1], num_heads // keys.shape[1], size)  # the heads that share keys
-    stacked_keys = torch.stack(tuple(own_keys), dim=2).flatten(0, 1)
-    stacked_values = torch.stack(tuple(own_values), dim=2).flatten(0, 1)
-    scores = torch.bmm(queries.reshape(grouped), stacked_keys.transpose(1, 2))
-    joined = torch.cat([normalizer.reshape(*grouped[:2], 1), scores.to(normalizer.dtype)], dim=-1)
-    shares = joined.softmax(-1).to(queries.dtype)
-    own = torch.bmm(shares[..., 1:], stacked_values)
-    return torch.addcmul(own, shares[..., :1], context.reshape(grouped)).view(queries.shape)
+    is_cpu = queries.device.type == "cpu"
+    with torch.autocast("cpu", enabled=False) if is_cpu else nullcontext():
+        if is_cpu:
+            queries, keys, values = (tensor.to(accumulator_dtype(tensor)) for tensor in (queries, keys, values))
+            own_keys = [tensor.to(queries.dtype) for tensor in own_keys]
+            own_values = [tensor.to(queries.dtype) for tensor in own_values]
+        context, normalizer = _attend_context(queries, keys, values, chains)
+        if not own_keys:
+            return context
+        num_chains, num_heads, size = queries.shape
+        grouped = (num_chains * keys.shape[1], num_heads // keys.shape[1], size)  # the heads that share keys
+        stacked_keys = torch.stack(tuple(own_keys), dim=2).flatten(0, 1)
+        stacked_values = torch.stack(tuple(own_values), dim=2).flatten(0, 1)
+        scores = torch.bmm(queries.reshape(grouped), stacked_keys.transpose(1, 2))
+        joined = torch.cat([normalizer.reshape(*grouped[:2], 1), scores.to(normalizer.dtype)], dim=-1)
+        shares = joined.softmax(-1).to(queries.dtype)
+        own = torch.bmm(shares[..., 1:], stacked_values)
+        return torch.addcmul(own, shares[..., :1], context.reshape(grouped)).view(queries.shape)
 
 
 def _attend_context(queries: Tensor, keys: Tensor, values: Tensor, chains: Chains) -> tuple[Tensor, Tensor]:

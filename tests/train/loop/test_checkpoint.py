@@ -15,10 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from train.loop.checkpoint import Checkpoint, list_checkpoints, read_last_checkpoint, write_checkpoint
-from train.loop.model_state import (
-    load_trained_state,
-    trained_state,
-)
+from train.loop.model_state import load_trained_state, trained_state
 
 ROOT = Path(__file__).resolve().parents[3]
 
