@@ -120,7 +120,7 @@ def measure(run: Run, found: dict[str, Any]) -> dict[str, Any]:
     how: dict[str, int] = {"context": context, "repeats": 1 if run.is_tiny else REPEATS}
     costs = Costs(
         {name: measure_rows(each, rows, **how) for name, each in (("target", target), ("intermediate", model))},
-        {name: measure_drafts(head, head.shape.hidden_size, size, **how) for name, head in heads.items()},
+        {name: measure_drafts(head, target, head.shape.hidden_size, **how) for name, head in heads.items()},
     )
 
     def tree(name: str, head: str) -> SyntheticTree:

@@ -139,8 +139,7 @@ def measure_target(path: Path) -> tuple[Costs, dict[str, Any]]:
     session = Session.open(bundle)
     factory = DrafterFactory(bundle, session.backend, "cpu", None)
     factory.make("eagle")
-    shape = session.backend.shape
-    drafts = {_HEAD: measure_drafts(factory.head(_HEAD), shape.hidden_size, shape.vocab_size)}
+    drafts = {_HEAD: measure_drafts(factory.head(_HEAD), session.backend, session.backend.shape.hidden_size)}
     costs = Costs({"target": measure_rows(session.backend)}, drafts)
     return costs, fingerprint(shared_runtime(None))
 

@@ -61,11 +61,11 @@ def measure_costs(factory: DrafterFactory) -> Costs:
         model = factory.language_model("intermediate")
         rows["intermediate"] = measure_rows(model)
         assert isinstance(model, DraftModel)
-        drafts["intermediate"] = measure_drafts(model, model.shape.hidden_size, shape.vocab_size, context=context)
+        drafts["intermediate"] = measure_drafts(model, factory.target, model.shape.hidden_size, context=context)
     for role, above in (("eagle-target", "target"), ("eagle-intermediate", "intermediate")):
         if role in roles:
             hidden_size = (shape if above == "target" else factory.language_model(above).shape).hidden_size
-            drafts[role] = measure_drafts(factory.head(role), hidden_size, shape.vocab_size, context=context)
+            drafts[role] = measure_drafts(factory.head(role), factory.target, hidden_size, context=context)
     return Costs(rows, drafts)
 
 

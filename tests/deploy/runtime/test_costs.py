@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from deploy.runtime.costs import Costs, DraftCost, cache_path, measure_rows, read_costs, write_costs
+from deploy.runtime.costs import Costs, DraftCost, cache_path, measure_drafts, measure_rows, read_costs, write_costs
 from deploy.runtime.cpu_backend import CpuBackend
 
 COSTS = Costs({"target": {1: 2.0, 8: 4.0}}, {"eagle-target": DraftCost(0.3, {1: 0.2, 4: 0.4})})
@@ -38,3 +38,16 @@ def test_forwards_are_timed_by_rows_and_leave_nothing_behind(tmp_path, tiny):
     assert set(found) == {1, 3}
     assert all(milliseconds > 0 for milliseconds in found.values())
     assert model.cache_bytes == 0
+
+
+def test_a_draft_is_timed_after_a_forward_of_the_target(tmp_path, tiny, monkeypatch):
+    target, drafting = (CpuBackend(tiny.model(tmp_path / name, tiny.config(), tiny.Quantized())) for name in "td")
+    calls = []
+    for model, name in ((target, "forward_tokens"), (drafting, "draft")):
+        method = getattr(model, name)
+        monkeypatch.setattr(model, name, lambda *a, name=name, method=method: calls.append(name) or method(*a))
+    cost = measure_drafts(drafting, target, drafting.shape.hidden_size, context=20, repeats=2)
+    assert calls == ["draft"] + ["forward_tokens", "draft"] * 3 * 3  # the context; three kinds, one more to warm up
+    assert cost.first_ms > 0
+    assert set(cost.level_ms) == {1, 4}
+    assert target.cache_bytes == drafting.cache_bytes == 0
