@@ -88,6 +88,28 @@ def test_what_follows_kept_paths_is_the_references(isa, directory, reference):
     reference.reset(0)
 
 
+def test_memory_that_other_sequences_gave_back_changes_nothing(directory):
+    rng = np.random.default_rng(31)
+    texts = {sequence: rng.integers(0, VOCABULARY, 100).tolist() for sequence in range(80)}
+    model, fresh = CpuBackend(directory), CpuBackend(directory)
+    for sequence, tokens in texts.items():
+        fill(model, tokens, sequence)
+    held = model.cache_bytes
+    for sequence in range(0, 80, 2):
+        model.reset(sequence)
+    assert model.cache_bytes == held // 2
+    texts |= {100 + i: texts[0][: 50 + i] for i in range(20)}
+    for sequence in range(100, 120):
+        fill(model, texts[sequence], sequence)
+    for sequence in (100, 119, 1, 41, 79):
+        fill(fresh, texts[sequence], sequence)
+        row = [Row(7, len(texts[sequence]), sequence)]
+        np.testing.assert_array_equal(model.forward(row).logits, fresh.forward(row).logits)
+    for sequence in texts:
+        model.reset(sequence)
+    assert model.cache_bytes == 0
+
+
 def test_threads_change_nothing(isa, directory):
     rng = np.random.default_rng(7)
     rows = random_tree(rng, 29, 0)

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "buffer.h"
+#include "memory.h"
 
 namespace understudy {
 
@@ -16,16 +17,21 @@ class Sequence {
  public:
   static constexpr int32_t kBlockTokens = 64;
 
-  Sequence(int32_t num_layers, int32_t num_kv_heads, int32_t head_dim)
-      : num_layers_(num_layers), num_kv_heads_(num_kv_heads), head_dim_(head_dim) {}
+  // pool: of blocks of `block_bytes`.
+  Sequence(int32_t num_layers, int32_t num_kv_heads, int32_t head_dim, BlockPool& pool)
+      : num_layers_(num_layers), num_kv_heads_(num_kv_heads), head_dim_(head_dim), pool_(pool) {}
+
+  static size_t block_bytes(int32_t num_layers, int32_t num_kv_heads, int32_t head_dim) {
+    return product(num_layers, num_kv_heads) * product(2 * kBlockTokens, head_dim) * sizeof(uint16_t);
+  }
 
   int32_t length() const { return length_; }
   const std::vector<int32_t>& tokens() const { return tokens_; }
-  size_t bytes() const { return blocks_.size() * block_halves() * sizeof(uint16_t); }
+  size_t bytes() const { return blocks_.size() * pool_.block_bytes(); }
 
   uint16_t* key(int32_t layer, int32_t head, int32_t slot) {
     const size_t part = static_cast<size_t>(layer * num_kv_heads_ + head) * 2 * kBlockTokens;
-    return blocks_[static_cast<size_t>(slot / kBlockTokens)].data() +
+    return blocks_[static_cast<size_t>(slot / kBlockTokens)].get() +
            (part + static_cast<size_t>(slot % kBlockTokens)) * static_cast<size_t>(head_dim_);
   }
   // A slot's value lies this many halves behind its key.
@@ -34,7 +40,7 @@ class Sequence {
   // The slot of one more provisional row.
   int32_t add_provisional() {
     const int32_t slot = length_ + num_provisional_++;
-    if (static_cast<size_t>(slot / kBlockTokens) == blocks_.size()) blocks_.emplace_back(block_halves());
+    if (static_cast<size_t>(slot / kBlockTokens) == blocks_.size()) blocks_.push_back(pool_.take());
     return slot;
   }
   void drop_provisional() { num_provisional_ = 0; }
@@ -49,15 +55,13 @@ class Sequence {
   void keep(const std::vector<int32_t>& slots, const std::vector<int32_t>& tokens);
 
  private:
-  size_t block_halves() const {
-    return static_cast<size_t>(num_layers_ * num_kv_heads_) * 2 * kBlockTokens * static_cast<size_t>(head_dim_);
-  }
   void move(int32_t from, int32_t to);
 
   int32_t num_layers_, num_kv_heads_, head_dim_;
+  BlockPool& pool_;
   int32_t length_ = 0, num_provisional_ = 0;
   std::vector<int32_t> tokens_;
-  std::vector<Buffer<uint16_t>> blocks_;
+  std::vector<BlockPool::Block> blocks_;
 };
 
 // A provisional row: where its path lies. Positions below `identity` are in the slot of their own number; those from

@@ -1,7 +1,5 @@
 #include "matrix.h"
 
-#include <sys/mman.h>
-
 #include <atomic>
 #include <cstring>
 #include <new>
@@ -14,11 +12,7 @@ namespace understudy {
 
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
 constexpr int64_t kMostOutputs = 65535 * kTile;  // the items of one phase
-constexpr size_t kPieceBytes = size_t{16} << 20;
-
-size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
 size_t number_bytes(Number number) { return number == Number::kFloat32 ? 4 : 2; }
 
@@ -263,32 +257,6 @@ void set_inputs(Matrix& matrix, const us_weights& from) {
 }
 
 }  // namespace
-
-Arena::~Arena() {
-  for (const Piece& piece : pieces_) munmap(piece.data, piece.bytes);
-}
-
-uint8_t* Arena::allocate(size_t bytes) {
-  bytes = round_up(bytes, 64);
-  if (bytes > left_) {
-    const size_t piece = round_up(bytes > kPieceBytes ? bytes : kPieceBytes, kHugePage) + kHugePage;
-    void* memory = mmap(nullptr, piece, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    pieces_.push_back({static_cast<uint8_t*>(memory), piece});
-    const auto address = reinterpret_cast<uintptr_t>(memory);
-    const size_t skipped = round_up(address, kHugePage) - address;
-    next_ = static_cast<uint8_t*>(memory) + skipped;
-    left_ = piece - skipped;
-#ifdef MADV_HUGEPAGE
-    madvise(next_, left_ / kHugePage * kHugePage, MADV_HUGEPAGE);  // only faster: a refusal does not matter
-#endif
-  }
-  uint8_t* result = next_;
-  next_ += bytes;
-  left_ -= bytes;
-  allocated_ += bytes;
-  return result;
-}
 
 Matrix pack(const us_weights& from, const Kernels& kernels, Pool& pool, Arena& arena) {
   check(from);

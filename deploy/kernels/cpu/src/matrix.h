@@ -19,31 +19,12 @@
 
 #include "buffer.h"
 #include "kernels.h"
+#include "memory.h"
 #include "understudy_cpu.h"
 
 namespace understudy {
 
 class Pool;
-
-// Memory for packed weights in large, huge-page aligned pieces that live as long as the arena.
-class Arena {
- public:
-  Arena() = default;
-  ~Arena();
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-  uint8_t* allocate(size_t bytes);
-  size_t allocated() const { return allocated_; }
-
- private:
-  struct Piece {
-    uint8_t* data;
-    size_t bytes;
-  };
-  std::vector<Piece> pieces_;
-  size_t left_ = 0, allocated_ = 0;
-  uint8_t* next_ = nullptr;
-};
 
 struct Matrix {
   MatrixView view;

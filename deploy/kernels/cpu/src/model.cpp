@@ -14,7 +14,10 @@ namespace {
 
 }  // namespace
 
-Model::Model(std::shared_ptr<Runtime> runtime, const us_shape& shape) : runtime_(std::move(runtime)), shape_(shape) {
+Model::Model(std::shared_ptr<Runtime> runtime, const us_shape& shape)
+    : runtime_(std::move(runtime)),
+      shape_(shape),
+      blocks_(Sequence::block_bytes(shape.num_layers, shape.num_kv_heads, shape.head_dim)) {
   if (shape.num_layers < 1 || shape.num_kv_heads < 1 || shape.num_heads < 1 || shape.num_heads % shape.num_kv_heads)
     refuse("the numbers of layers and heads do not fit together");
   if (shape.head_dim < 16 || shape.head_dim % 16) refuse("head_dim is not a multiple of 16");
@@ -178,7 +181,10 @@ void Model::place(RowPath& row, const RowPath* parent) const {
 
 Sequence& Model::sequence_at(int64_t number) {
   std::unique_ptr<Sequence>& sequence = sequences_[number];
-  if (!sequence) sequence = std::make_unique<Sequence>(shape_.num_layers, shape_.num_kv_heads, shape_.head_dim);
+  if (!sequence) {
+    const us_shape& s = shape_;
+    sequence = std::make_unique<Sequence>(s.num_layers, s.num_kv_heads, s.head_dim, blocks_);
+  }
   return *sequence;
 }
 

@@ -93,6 +93,7 @@ class Model {
   std::vector<int64_t> head_ids_;  // of a trimmed vocabulary
   Embedding embedding_;
   Buffer<float> cosine_, sine_;
+  BlockPool blocks_;  // of the sequences' keys and values
   std::unordered_map<int64_t, std::unique_ptr<Sequence>> sequences_;
   std::vector<RowPath> rows_;  // of the last call and those that it continues
   std::vector<RowToken> row_tokens_;
