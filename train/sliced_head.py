@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train.products import fill_rows, product_dtype
+
 Score = Callable[[slice, Tensor], Tensor]
 """score(part, logits): turns the logits [n, D] of rows `part` into the gradient of their unweighted loss, in place, and
 returns sums [k] over these rows, the (weighted) loss first."""
@@ -38,22 +40,24 @@ class _HeadLoss(torch.autograd.Function):
         num_sums: int,
         rows_per_slice: int,
     ) -> Any:
-        device = states.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else lm_head.dtype
+        dtype = product_dtype(lm_head)
         matrix = lm_head.to(dtype)
         grad_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         grad_lm_head = torch.zeros_like(lm_head) if ctx.needs_input_grad[1] else None
         sums = states.new_zeros(num_sums, dtype=torch.promote_types(lm_head.dtype, torch.float32))
-        buffer = states.new_empty(min(rows_per_slice, len(states)), len(lm_head), dtype=dtype)
+        buffer = states.new_empty(0, dtype=dtype)
         for begin in range(0, len(states), rows_per_slice):
             part = slice(begin, begin + rows_per_slice)
-            state = states[part].to(dtype)
-            logits = torch.mm(state, matrix.t(), out=buffer[: len(state)])
-            sums += score(part, logits)
+            state = fill_rows(states[part], dtype)
+            count = len(states[part])
+            buffer = buffer if len(buffer) else state.new_empty(len(state), len(lm_head))
+            logits = torch.mm(state, matrix.t(), out=buffer[: len(state)])  # behind `count`: of zeros, so zeros
+            sums += score(part, logits[:count])
+            weights = 1 if weight is None else fill_rows(weight[part, None], dtype)
             if grad_states is not None:
-                grad_states[part] = _weighted(torch.mm(logits, matrix), weight, part)
+                grad_states[part] = (torch.mm(logits, matrix) * weights)[:count]
             if grad_lm_head is not None:
-                _add_product(grad_lm_head, logits.t(), _weighted(state, weight, part))
+                _add_product(grad_lm_head, logits.t(), state * weights)
         ctx.save_for_backward(grad_states, grad_lm_head)
         loss, *others = (total.clone() for total in sums)
         ctx.mark_non_differentiable(*others)
@@ -63,10 +67,6 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
         grads = [None if grad is None else grad * grad_loss for grad in ctx.saved_tensors]
         return *grads, None, None, None, None
-
-
-def _weighted(rows: Tensor, weight: Tensor | None, part: slice) -> Tensor:
-    return rows if weight is None else rows * weight[part, None].to(rows.dtype)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from train.eagle.elementwise import rms_normalize
+from train.products import linear, product_dtype
 from train.sliced_head import head_loss
 
 ROWS_PER_SLICE = 640
@@ -33,9 +34,9 @@ class Teacher(nn.Module):
         self.rms_norm_eps = rms_norm_eps
         self.register_buffer("rows", rows * norm, persistent=False)
 
-    def logits(self, states: Tensor) -> Tensor:
-        """states: float [n, H] before the final norm. Returns [n, D]."""
-        return torch.nn.functional.linear(rms_normalize(states, self.rms_norm_eps), self.rows)
+    def logits(self, states: Tensor, rows: Tensor | None = None) -> Tensor:
+        """states: float [n, H] before the final norm. rows: of `self.rows`, in another type. Returns [n, D]."""
+        return linear(rms_normalize(states, self.rms_norm_eps), self.rows if rows is None else rows)
 
 
 class Drafts(NamedTuple):
@@ -61,10 +62,11 @@ class Scores(NamedTuple):
 
 def distill(drafts: Drafts, lm_head: Tensor, teacher: Teacher) -> Scores:
     """Scores of `drafts`; `loss` is differentiable with respect to their states and lm_head [D, H]."""
+    teacher_rows = teacher.rows.to(product_dtype(teacher.rows))  # once, not for every slice
 
     def score(part: slice, logits: Tensor) -> Tensor:
         tokens, which = drafts.token[part].unique_consecutive(return_inverse=True)
-        teacher_logits = teacher.logits(drafts.teacher_states[tokens])
+        teacher_logits = teacher.logits(drafts.teacher_states[tokens], teacher_rows)
         return _score_and_differentiate(logits, teacher_logits, which, drafts.weight[part])
 
     sums = head_loss(drafts.states, lm_head, score, num_sums=3, rows_per_slice=ROWS_PER_SLICE, weight=drafts.weight)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from train.eagle.chains import Chains, find_chains
 from train.eagle.head import EagleHead
@@ -17,6 +16,7 @@ from train.eagle.objective import read_columns
 from train.eagle.unroll import unroll
 from train.features import FeatureSource
 from train.loop.batches import Batch
+from train.products import linear
 from train.replay import Acceptance, Replay, WrittenText, count_matches, greedy_texts, pack_texts, text_batch
 
 ROWS_PER_SLICE = 1024

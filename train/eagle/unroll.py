@@ -14,7 +14,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from train.eagle.attention import attend
@@ -23,6 +22,7 @@ from train.eagle.elementwise import rms_normalize, rotate, swiglu
 from train.eagle.head import EagleHead
 from train.eagle.rope import rope_tables
 from train.loop.batches import Batch
+from train.products import linear
 
 
 @dataclass(frozen=True)
