@@ -77,12 +77,13 @@ class _Record:
         self.weight = _MEMORY * self.weight + 1
 
     def fade(self) -> None:
-        """Keep the rate, but let what comes now decide."""
+        """Keep the rate, but let what comes now decide, and be tried again soon. Rounds without it go on counting: of
+        short answers none has as many as one that lost clearly has to wait."""
         share = min(1.0, _REMEMBERED_ROUNDS / self.weight)
         self.tokens, self.milliseconds, self.weight = (
             value * share for value in (self.tokens, self.milliseconds, self.weight)
         )
-        self.idle, self.wait, self.trials = 0, _FIRST_WAIT, 0
+        self.wait = _FIRST_WAIT
 
 
 @dataclass

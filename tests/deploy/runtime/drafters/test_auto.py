@@ -75,6 +75,23 @@ def test_one_that_lost_by_far_is_tried_again_later_than_one_that_lost_by_little(
     assert trials(6) <= trials(2.1) / 2
 
 
+def test_one_that_lost_is_tried_again_even_if_all_answers_are_short():
+    clock = Clock()
+    drafter = AutoDrafter(candidates(2.0), clock=clock)
+
+    def answers(count, milliseconds, tokens):
+        drafted = []
+        for _ in range(count):
+            drafter.begin(0, 0)
+            drafted += play(drafter, clock, milliseconds, tokens, rounds=20)
+        return drafted
+
+    hard = answers(15, {0: 2, 3: 4}, {0: 1, 3: 1})
+    assert 0 < hard.count(3) <= 20
+    easy = answers(60, {0: 2, 3: 3}, {0: 1, 3: 3})
+    assert easy[-600:].count(3) >= 590
+
+
 def test_one_disturbed_round_does_not_decide():
     clock = Clock()
     drafter = AutoDrafter(candidates(2.0), clock=clock)
