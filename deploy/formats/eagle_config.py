@@ -68,6 +68,11 @@ class EagleConfig:
             ours, theirs = getattr(self.layer, key), getattr(target, key)
             if ours != theirs:
                 raise FormatError(f"transformer_layer_config.{key}={ours}, but the target's is {theirs}")
+        if self.layer.context_length < target.context_length:
+            raise FormatError(
+                f"the head's context of {self.layer.context_length} tokens is shorter than the target's of "
+                f"{target.context_length}"
+            )
         if self.target_type != target.model_type:
             raise FormatError(f"the head is for a {self.target_type} model, and the target is a {target.model_type}")
         layers = self.feature_layers

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from deploy.formats.bundle import MANIFEST, Bundle, sha256_file
+from deploy.kernels.cpu.library import library_path
 from deploy.runtime.costs import CONTEXT, Costs, cache_path, measure_drafts, measure_rows, read_costs, write_costs
 from deploy.runtime.drafters.auto import AutoDrafter, Candidate
 from deploy.runtime.drafters.base import DraftModel
@@ -39,7 +40,13 @@ def machine_costs(factory: DrafterFactory, *, is_fresh: bool = False) -> Costs:
 
     is_fresh: measure in any case. A cache that cannot be written is one warning.
     """
-    path = cache_path(sha256_file(factory.bundle.path / MANIFEST), describe_device(factory.target))
+    library = library_path()  # other kernels take other times
+    device = describe_device(factory.target) | {"library": sha256_file(library) if library.is_file() else None}
+    try:
+        path = cache_path(sha256_file(factory.bundle.path / MANIFEST), device)
+    except RuntimeError as error:  # a user without a home
+        _logger.warning("measured costs are not kept (%s; set XDG_CACHE_HOME to a directory)", error)
+        return measure_costs(factory)
     known = None if is_fresh else read_costs(path)
     if known is not None:
         return known

@@ -168,7 +168,10 @@ def _chain(start: int, count: int, vocab_size: int) -> list[Row]:
 
 
 def cache_path(bundle_digest: str, device: Mapping[str, Any]) -> Path:
-    """Where the costs of a bundle on a device lie. device: what makes one differ from another, as plain JSON."""
+    """Where the costs of a bundle on a device lie. device: what makes one differ from another, as plain JSON.
+
+    Raises RuntimeError for a user without a home directory, where XDG_CACHE_HOME names none.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     key = json.dumps([bundle_digest, device, _PROCEDURE], sort_keys=True)
     return Path(base) / "understudy" / "costs" / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"

@@ -14,7 +14,16 @@ from deploy.formats.errors import FormatError
 from deploy.formats.model_dir import ModelDirectory
 from deploy.formats.quantization_config import INT_FORMAT, QuantizationGroup
 from deploy.formats.speculators import EMBEDDING, EagleDirectory
-from deploy.kernels.cpu.library import Runtime, Shape, SourceWeights, native, native_error, pointer, require
+from deploy.kernels.cpu.library import (
+    Runtime,
+    Shape,
+    SourceWeights,
+    native,
+    native_error,
+    native_failure,
+    pointer,
+    require,
+)
 
 GROUP = 32  # inputs quantized together
 _LANES = 16
@@ -74,7 +83,7 @@ class _Loader:
         self._files = files
         self.handle = native().us_model_create(runtime.handle, ctypes.byref(shape))
         if not self.handle:
-            raise RuntimeError(native_error())
+            raise native_failure()
 
     def finish(self, load: Any) -> Loaded:
         try:

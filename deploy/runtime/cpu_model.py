@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from deploy.formats.architectures import ModelShape
-from deploy.kernels.cpu.library import PHASES, DraftCall, Float32, Runtime, native, native_error, pointer, require
+from deploy.kernels.cpu.library import PHASES, DraftCall, Float32, Runtime, native, native_failure, pointer, require
 from deploy.kernels.rope import rope_tables
 from deploy.runtime.backend import Row, check_truncation
 from deploy.runtime.cpu_loader import Loaded
@@ -131,12 +131,14 @@ class CpuModel:
             scores=pointer(scores),
         )
         self._forget_rows()
-        count = native().us_model_draft(self.handle, ctypes.byref(call))
+        try:
+            count = native().us_model_draft(self.handle, ctypes.byref(call))
+        finally:  # an interrupt comes when the call returns, and it has read the tokens
+            self._lengths[sequence] = int(native().us_model_length(self.handle, sequence))
         if count == -1:
             raise ValueError(not_finite(end + (1 if self._num_features else 0)))  # or of what follows
         if count < 0:
-            raise RuntimeError(native_error())
-        self._lengths[sequence] = end
+            raise native_failure()
         return Draft(tuple(drafted[:count].tolist()), tuple(parents[:count].tolist()), tuple(scores[:count].tolist()))
 
     def _forget_rows(self) -> None:

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from deploy.kernels.cpu.library import Float32, Runtime, Sampling, native, native_error, pointer
+from deploy.kernels.cpu.library import Float32, Runtime, Sampling, native, native_failure, pointer
 from deploy.runtime.sampling import SamplingParams, not_finite
+
+_ALL = (1 << 63) - 1
+"""No vocabulary has more tokens: the largest number that the library takes."""
 
 
 def native_sampling(params: SamplingParams, sample_index: int) -> Sampling:
@@ -18,7 +21,7 @@ def native_sampling(params: SamplingParams, sample_index: int) -> Sampling:
         top_p=params.top_p,
         min_p=params.min_p,
         repetition_penalty=params.repetition_penalty,
-        top_k=params.top_k,
+        top_k=min(params.top_k, _ALL),
         seed=params.seed,
         sample_index=sample_index,
     )
@@ -52,7 +55,7 @@ def sample_native(
     if token == -1:
         raise ValueError(not_finite(position))
     if token < 0:
-        raise RuntimeError(native_error())
+        raise native_failure()
     return int(token)
 
 
@@ -89,5 +92,5 @@ def candidates_native(
     if found == -1:
         raise ValueError(not_finite(position))
     if found < 0:
-        raise RuntimeError(native_error())
+        raise native_failure()
     return tokens[:found].tolist(), scores[:found].tolist()

@@ -226,6 +226,7 @@ class SlotCache:
         """One layer after another, so that no more than one is there twice."""
         size = (num_slots, self._shape.num_kv_heads, self._shape.head_dim)
         layers = range(self._shape.num_layers)
+        self.generation += 1  # also where memory ends half-way: some layers' tensors are then others
         try:
             for cache in (self.keys, self.values):
                 for layer in layers:
@@ -243,4 +244,3 @@ class SlotCache:
             ) from error
         self._free = [*reversed(range(self._num_slots, num_slots)), *self._free]
         self._num_slots = num_slots
-        self.generation += 1

@@ -55,10 +55,7 @@ class Scheduler:
                     self._begin(*self._waiting.popleft())
                 step(self._backend, self._drafter, list(self._active.values()), self._eos)
                 ended = [number for number, stream in self._active.items() if stream.finish_reason]
-                for number in ended:
-                    stream = self._active.pop(number)
-                    self._free[stream.sequence] = stream.path[: stream.num_kept]
-                    yield number, stream.result()
+                yield from [(number, self._end(number)) for number in ended]  # all have ended before one is handed out
         finally:
             self._abandon()
 
@@ -70,6 +67,11 @@ class Scheduler:
         del self._free[sequence]
         num_shared = go_back(self._backend, self._drafter, sequence, shared[sequence])
         self._active[number] = Stream(request, sequence, self._tokenizer, num_shared)
+
+    def _end(self, number: int) -> Generation:
+        stream = self._active.pop(number)
+        self._free[stream.sequence] = stream.path[: stream.num_kept]
+        return stream.result()
 
     def _abandon(self) -> None:
         """Forget every request and empty the caches."""

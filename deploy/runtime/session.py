@@ -49,6 +49,7 @@ class Session:
         self._drafter: Drafter = NoDrafter() if drafter is None else drafter
         self._eos = frozenset(eos_token_ids)
         self._cached: list[int] = []  # the tokens that CHAT_SEQUENCE's cache holds
+        self._is_batching = False
 
     @property
     def drafter(self) -> Drafter:
@@ -91,11 +92,11 @@ class Session:
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Tokens of a conversation up to where the answer begins."""
         text = self.template.render(messages, add_generation_prompt=True)
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(self.tokenizer.encode(_checked(text), add_special_tokens=False).ids)
 
     def encode_raw(self, text: str) -> list[int]:
         """Tokens of a text to be continued, with whatever the tokenizer puts before every text."""
-        return list(self.tokenizer.encode(text).ids)
+        return list(self.tokenizer.encode(_checked(text)).ids)
 
     def _check_length(self, prompt: Sequence[int], max_tokens: int) -> None:
         shape = self.backend.shape
@@ -136,7 +137,8 @@ class Session:
     ) -> Iterator[tuple[int, Generation]]:
         """Answer many requests, up to `num_sequences` of them in one forward; yields (index, answer) as they end.
 
-        Each answer equals what `generate` gives for it alone. Raises ValueError, before any work, as `generate` does.
+        Each answer equals what `generate` gives for it alone. Raises ValueError, before any work, as `generate` does;
+        and RuntimeError with the first answer of a batch that is begun before another one has ended or was closed.
         """
         if num_sequences < 1:
             raise ValueError(f"num_sequences={num_sequences} is out of range; use 1 or more")
@@ -146,4 +148,29 @@ class Session:
         scheduler = Scheduler(self.backend, self.tokenizer, sequences, self._eos, self._drafter)
         for request in requests:
             scheduler.submit(request)
-        return scheduler.answers()
+        return self._answers(scheduler)
+
+    def _answers(self, scheduler: Scheduler) -> Iterator[tuple[int, Generation]]:
+        if self._is_batching:
+            raise RuntimeError(
+                "another generate_many of this session has not ended, and both would use the same sequences; read its "
+                "answers to the end, close it, or open another session"
+            )
+        self._is_batching = True
+        try:
+            yield from scheduler.answers()
+        finally:
+            self._is_batching = False
+
+
+def _checked(text: str) -> str:
+    """Raises ValueError for what is no Unicode text: half of a surrogate pair, which stands for a byte that is not
+    UTF-8 on a command line, and which JSON can spell."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the prompt is not Unicode text: {text[error.start]!r} at character {error.start} is half of a surrogate "
+            "pair; give the prompt in UTF-8"
+        ) from error
+    return text

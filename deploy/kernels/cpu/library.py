@@ -28,6 +28,7 @@ ISA_VARIABLE = "UNDERSTUDY_ISA"
 LIBRARY_VARIABLE = "UNDERSTUDY_CPU_LIBRARY"
 ISAS = ("avx512vnni", "avxvnni", "avx2", "scalar")  # best first
 _LIBRARY = "libunderstudy_cpu.so"
+_OUT_OF_MEMORY = "out of memory"  # as abi.cpp says it
 _ABI_VERSION = 5
 PHASES = ("other", "quantize", "qkv", "attention", "output", "mlp", "head", "sampling")
 _NUMBER_TYPES = {"F32": 0, "F16": 1, "BF16": 2}
@@ -260,10 +261,18 @@ def native_error() -> str:
     return str(native().us_error().decode("utf-8", "replace"))
 
 
+def native_failure() -> Exception:
+    """What to raise for it."""
+    message = native_error()
+    if message == _OUT_OF_MEMORY:
+        return MemoryError("out of memory; answer fewer or shorter texts at once, or use a smaller model")
+    return RuntimeError(message)
+
+
 def require(status: int) -> None:
-    """Raise RuntimeError with the native message unless `status` is 0."""
+    """Raise what `native_failure` says unless `status` is 0."""
     if status:
-        raise RuntimeError(native_error())
+        raise native_failure()
 
 
 class Runtime:
@@ -273,7 +282,7 @@ class Runtime:
         self.threads, self.isa = choose_threads(threads), isa or choose_isa()
         self.handle = native().us_runtime_create(self.isa.encode(), self.threads)
         if not self.handle:
-            raise RuntimeError(native_error())
+            raise ValueError(f"threads={self.threads}: {native_error()}")
         self._process = os.getpid()
 
     def __del__(self) -> None:

@@ -131,6 +131,7 @@ def test_a_head_that_the_target_cannot_have_is_refused(tiny, target, choices, me
         ({"vocab_size": 264}, "vocab_size=263, but the target's is 264"),
         ({"model_type": "qwen2"}, "for a llama model, and the target is a qwen2"),
         ({"num_layers": 1}, "lie in 0 … 1"),
+        ({"context_length": 4096}, "the head's context of 128 tokens is shorter than the target's of 4096"),
     ],
 )
 def test_a_head_of_another_shape_of_target_is_refused(tmp_path, target, changes, message, write):

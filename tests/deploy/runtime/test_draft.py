@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from deploy.kernels.reference.model import ReferenceBackend
+from deploy.runtime import cpu_model
 from deploy.runtime.backend import Row
 from deploy.runtime.cpu_backend import CpuBackend
 from deploy.runtime.sampling import SamplingParams
@@ -156,3 +157,28 @@ def test_an_empty_draft_is_possible(open_model, directory):
     limits = TreeLimits(depth=4, width=2, min_probability=0.999)
     assert backend.draft(0, [1, 2], None, limits, SamplingParams(temperature=100.0)) == Draft()
     assert backend.length(0) == 2
+
+
+def test_an_interrupt_that_comes_as_a_draft_ends_leaves_the_model_usable(directory, monkeypatch):
+    """Python delivers a Ctrl-C between the native call and the next line."""
+    backend, calm = CpuBackend(directory), CpuBackend(directory)
+    limits, tokens = TreeLimits(2, 1, 2), random_tokens(30)
+    library = cpu_model.native()
+
+    class Interrupted:
+        def __getattr__(self, name):
+            return getattr(library, name)
+
+        def us_model_draft(self, *arguments):
+            library.us_model_draft(*arguments)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cpu_model, "native", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            backend.draft(0, tokens, None, limits, SamplingParams())
+    assert backend.length(0) == 30
+    backend.truncate(0, 10)
+    calm.draft(0, tokens[:10], None, limits, SamplingParams())
+    again, expected = (each.draft(0, tokens[10:], None, limits, SamplingParams()) for each in (backend, calm))
+    assert again == expected

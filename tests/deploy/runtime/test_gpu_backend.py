@@ -105,6 +105,26 @@ def test_weights_and_caches_that_do_not_fit_are_told_with_a_remedy(directory, mo
                 fill(backend, range(100), sequence)
 
 
+def test_graphs_of_a_cache_that_could_not_grow_are_not_used_again(directory, monkeypatch):
+    backend = GpuBackend.open(directory, torch_device())
+    fill(backend, range(100))
+    before, zeros, grown = backend._cache.generation, torch.zeros, []
+
+    def small(*arguments, **named):
+        if named.get("dtype") == torch.float16:
+            grown.append(1)
+            if len(grown) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return zeros(*arguments, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "zeros", small)
+        with pytest.raises(MemoryError):
+            for sequence in range(1, 6):
+                fill(backend, range(100), sequence)
+    assert backend._cache.generation > before
+
+
 def test_its_weights_have_the_size_that_is_told(directory):
     """4-bit codes, scales, one tied embedding of 16 bits; norms in fp32."""
     backend = GpuBackend.open(directory, torch_device())

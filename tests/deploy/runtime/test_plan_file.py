@@ -1,13 +1,14 @@
 """plan.json: read as it was written, or refused in one line."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from deploy.formats.bundle import Bundle
 from deploy.formats.errors import BundleError
 from deploy.runtime import auto_mode
-from deploy.runtime.auto_mode import auto_drafter, read_plan
+from deploy.runtime.auto_mode import auto_drafter, machine_costs, read_plan
 from deploy.runtime.costs import Costs, DraftCost
 from deploy.runtime.drafters.none import NoDrafter
 from deploy.runtime.modes import DrafterFactory
@@ -113,6 +114,42 @@ def test_without_a_plan_auto_knows_of_an_intermediate_what_it_was_worth_when_it_
     survival = bundle.component("intermediate").drafter.acceptance.by_position
     assert found["chain"].tokens == chain_expectation(survival, depth).tokens
     assert found["chain"].drafter.limits.depth == depth
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What `machine_costs` measures, one after another, without the time that it takes."""
+    found = []
+
+    def measure(_factory):
+        found.append(Costs({"target": {1: float(len(found) + 1)}}, {}))
+        return found[-1]
+
+    monkeypatch.setattr(auto_mode, "measure_costs", measure)
+    return found
+
+
+def test_costs_are_measured_once_for_each_build_of_the_library(tmp_path, tiny, measured, monkeypatch):
+    bundle = Bundle.open(tiny.bundle(tmp_path / "b"))
+    factory = DrafterFactory(bundle, Session.open(bundle).backend, "cpu", None)
+    first = machine_costs(factory)
+    assert machine_costs(factory) == first == measured[0]
+    (tmp_path / "other.so").write_bytes(b"faster")
+    monkeypatch.setattr(auto_mode, "library_path", lambda: tmp_path / "other.so")
+    assert machine_costs(factory) == measured[1]
+    assert len(measured) == 2
+
+
+def test_a_user_without_a_home_measures_and_keeps_nothing(tmp_path, tiny, measured, monkeypatch, caplog):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    bundle = Bundle.open(tiny.bundle(tmp_path / "b"))
+    factory = DrafterFactory(bundle, Session.open(bundle).backend, "cpu", None)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert machine_costs(factory) == measured[0]
+    assert "not kept (Could not determine home directory.; set XDG_CACHE_HOME" in caplog.text
 
 
 def test_a_measurement_becomes_a_plan_with_the_fastest_mode_as_its_choice():

@@ -5,6 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deploy.kernels.cpu.library import Runtime
+from deploy.runtime.cpu_sampling import sample_native
 from deploy.runtime.sampling import SamplingParams, gumbel_noise, philox4x32, sample, survivors
 
 # Random123 1.14, tests/kat_vectors, lines "philox4x32 10".
@@ -150,3 +152,11 @@ def test_logits_that_are_not_finite_are_refused():
 def test_values_out_of_range_are_refused_by_name(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         SamplingParams(**values)
+
+
+def test_more_tokens_than_the_library_counts_are_all_of_them():
+    logits = np.random.default_rng(3).standard_normal(50).astype(np.float32)
+    runtime = Runtime(1)
+    for seed in range(5):
+        every, huge = (SamplingParams(temperature=1.0, top_k=top_k, seed=seed) for top_k in (0, 2**64 + 1))
+        assert sample_native(runtime, logits, huge, position=3) == sample_native(runtime, logits, every, position=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,6 +123,19 @@ def test_text_is_decoded_alike_with_and_without_a_listener(backend: CountingBack
     scheduler.submit(request("Once", tokenizer, max_tokens=40, stop=("\x00\x00\x00",)))
     texts = {answer.text for _, answer in scheduler.answers()}
     assert texts == {"".join(pieces)}
+
+
+def test_what_the_reader_does_between_answers_is_no_time_of_theirs(backend: CountingBackend, tiny: Any) -> None:
+    tokenizer = tiny.tokenizer()
+    scheduler = Scheduler(backend, tokenizer, range(1, 4), frozenset())
+    for text in ("one", "two", "six"):
+        scheduler.submit(request(text, tokenizer))
+    seconds = []
+    for _, answer in scheduler.answers():
+        seconds.append(answer.decode_seconds)
+        time.sleep(0.2)
+    assert len(seconds) == 3
+    assert max(seconds) - min(seconds) < 0.1
 
 
 def test_the_shared_length_is_where_two_texts_part() -> None:

@@ -180,3 +180,26 @@ def test_a_listener_that_fails_leaves_the_session_usable(session):
     with pytest.raises(RuntimeError, match="gone"):
         session.generate(session.encode_raw("Another"), options(12), fail)
     assert session.generate(prompt, options(12)).token_ids == expected
+
+
+def test_two_batches_at_once_are_refused_for_they_would_share_sequences(session):
+    requests = [Request(session.encode_raw(text), options(5 + i)) for i, text in enumerate(("Once", "upon", "a time"))]
+    expected = [session.generate(each.prompt, each.options).token_ids for each in requests]
+    first, second = (session.generate_many(requests, num_sequences=2) for _ in range(2))
+    found = [next(first)]
+    with pytest.raises(RuntimeError, match="another generate_many of this session has not ended"):
+        next(second)
+    found += first
+    assert [answer.token_ids for _, answer in sorted(found, key=lambda pair: pair[0])] == expected
+    third = session.generate_many(requests)
+    next(third)
+    third.close()
+    assert [answer.token_ids for _, answer in sorted(session.generate_many(requests))] == expected
+
+
+@pytest.mark.parametrize("text", ["caf\udce9", "\ud800 x"])
+def test_text_that_is_not_unicode_is_refused(session, text):
+    with pytest.raises(ValueError, match=r"the prompt is not Unicode text: .* half of a surrogate pair"):
+        session.encode_raw(text)
+    with pytest.raises(ValueError, match="not Unicode text"):
+        session.encode_chat([{"role": "user", "content": text}])

@@ -2,6 +2,10 @@
 
 #include <algorithm>
 #include <ctime>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <utility>
 
 #include "rounding.h"
 
@@ -45,10 +49,18 @@ uint64_t ticks() {
 
 Pool::Pool(int32_t threads)
     : threads_(threads), shares_(new Share[static_cast<size_t>(threads)]), active_(threads) {
-  for (int32_t i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
+  try {
+    for (int32_t i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
+  } catch (const std::system_error&) {
+    const std::string started = std::to_string(workers_.size() + 1);
+    stop();
+    throw std::runtime_error("the system starts no more than " + started + " threads here; use fewer");
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
   {
     std::lock_guard<std::mutex> lock(sleep_mutex_);
     is_stopping_ = true;
@@ -139,7 +151,12 @@ void Pool::run_items(int32_t thread) {
   uint32_t epoch = 0;
   int32_t item, finished = 0;
   while (claim(thread, epoch, item)) {
-    program_->run(program_->phases[epoch - first_epoch_], item, thread);
+    try {
+      program_->run(program_->phases[epoch - first_epoch_], item, thread);
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(sleep_mutex_);
+      if (!failure_) failure_ = std::current_exception();
+    }
     ++finished;
   }
   if (finished) finish_items(epoch, finished);
@@ -196,6 +213,7 @@ void Pool::execute(Program& program) {
   const double passed = seconds(CLOCK_MONOTONIC) - begin, busy = seconds(CLOCK_THREAD_CPUTIME_ID) - busy_begin;
   const double waited = static_cast<double>(waited_) / static_cast<double>(ticks() - ticks_begin);
   was_held_up_ = waited > kHeldUpPart || passed - busy > kHeldUpPart * passed;
+  if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 
 // Sleeps, without being woken at every phase, until the thread is to be used again.

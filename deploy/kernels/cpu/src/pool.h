@@ -8,6 +8,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -37,7 +38,8 @@ class Pool {
   Pool& operator=(const Pool&) = delete;
 
   int32_t threads() const { return threads_; }
-  // Runs the program to its end, the calling thread included. One program at a time; others wait.
+  // Runs the program to its end, the calling thread included. One program at a time; others wait. What an item throws
+  // comes out when all are done.
   void execute(Program& program);
   // The first item of a phase that thread `thread` is meant to start with.
   int32_t first_item(int32_t items, int32_t thread) const {
@@ -64,6 +66,7 @@ class Pool {
   void choose_active();
   void rest(int32_t thread);
   void serve(int32_t thread);
+  void stop();
 
   const int32_t threads_;
   std::unique_ptr<Share[]> shares_;
@@ -78,6 +81,7 @@ class Pool {
   uint64_t waited_ = 0;
   int32_t programs_to_rest_ = 0, programs_since_rest_ = 0, rest_ = 16, delays_ = 0;
   Program* program_ = nullptr;
+  std::exception_ptr failure_;  // the first of the running program, rethrown at its end
   uint32_t first_epoch_ = 1;  // of the running program
   std::mutex execute_mutex_, sleep_mutex_;
   std::condition_variable wake_, rested_;
