@@ -5,11 +5,10 @@ from __future__ import annotations
 from deploy.commands import options as o
 from deploy.commands.bench_tables import rows_table, table, wide_console
 from deploy.commands.opening import chosen_backend
-from deploy.formats.bundle import MANIFEST, Bundle, sha256_file
-from deploy.runtime.auto_mode import auto_drafter, machine_costs
-from deploy.runtime.costs import DRAFT_WIDTHS, Costs, cache_path
+from deploy.formats.bundle import Bundle
+from deploy.runtime.auto_mode import auto_drafter, costs_path, machine_costs
+from deploy.runtime.costs import DRAFT_WIDTHS, Costs
 from deploy.runtime.drafters.auto import Candidate
-from deploy.runtime.machine import describe_device
 from deploy.runtime.modes import DrafterFactory
 from deploy.runtime.session import Session
 
@@ -26,8 +25,15 @@ def tune(bundle: o.BundlePath, device: o.Device = "auto", threads: o.Threads = N
     if costs.drafts:
         console.print(_drafts_table(costs))
     console.print(_candidates_table(auto_drafter(factory, costs).candidates))
-    path = cache_path(sha256_file(opened.path / MANIFEST), describe_device(session.backend))
-    console.print(f"kept in {path}" if path.is_file() else "not kept: the cache cannot be written")
+    console.print(_where_kept(factory))
+
+
+def _where_kept(factory: DrafterFactory) -> str:
+    try:
+        path = costs_path(factory)
+    except RuntimeError:  # `machine_costs` has said why
+        return "not kept: there is no cache"
+    return f"kept in {path}" if path.is_file() else "not kept: the cache cannot be written"
 
 
 def _drafts_table(costs: Costs) -> object:

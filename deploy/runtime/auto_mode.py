@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from deploy.formats.bundle import MANIFEST, Bundle, sha256_file
 from deploy.kernels.cpu.library import library_path
@@ -35,15 +36,20 @@ _HOPEFUL = 0.8
 its memory, and its reading of every prompt, are certain."""
 
 
+def costs_path(factory: DrafterFactory) -> Path:
+    """Where the bundle's costs here are kept: a build of the native library has its own. Raises as `cache_path`."""
+    library = library_path()
+    device = describe_device(factory.target) | {"library": sha256_file(library) if library.is_file() else None}
+    return cache_path(sha256_file(factory.bundle.path / MANIFEST), device)
+
+
 def machine_costs(factory: DrafterFactory, *, is_fresh: bool = False) -> Costs:
     """Costs of the bundle's models here: read from the user's cache, or measured now and written there.
 
     is_fresh: measure in any case. A cache that cannot be written is one warning.
     """
-    library = library_path()  # other kernels take other times
-    device = describe_device(factory.target) | {"library": sha256_file(library) if library.is_file() else None}
     try:
-        path = cache_path(sha256_file(factory.bundle.path / MANIFEST), device)
+        path = costs_path(factory)
     except RuntimeError as error:  # a user without a home
         _logger.warning("measured costs are not kept (%s; set XDG_CACHE_HOME to a directory)", error)
         return measure_costs(factory)
