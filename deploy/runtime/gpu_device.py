@@ -33,7 +33,7 @@ def check_gpu(driver: Driver, weight_bytes: int) -> None:
         if importlib.util.find_spec(package) is None:
             raise DeviceError(
                 f"{package} is not installed, which the GPU backend needs",
-                "pip install 'understudy[gpu]', or use --device cpu",
+                "pip install -e '.[gpu]' in the project's directory, or use --device cpu",
             )
     needed = torch_cuda_version()
     if needed is None:

@@ -112,7 +112,7 @@ class EagleHeadConfig:
 
 @dataclass
 class NoEagleConfig:
-    """`conf/eagle/none.yaml`: nothing is generated and nothing trained."""
+    """`conf/eagle/none.yaml`: no head for the target."""
 
     method: str = "none"
 
