@@ -30,13 +30,18 @@ def linear(rows: Tensor, weight: Tensor) -> Tensor:
 
 def fill_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """rows [n, K] in `dtype`, followed by as many zeros as a product of a repeating shape needs: [≥ n, K]."""
-    missing = -len(rows) % ROW_MULTIPLE if _is_compiled_by_shape(rows, dtype) else 0
+    missing = num_missing(len(rows), rows, dtype)
     if missing == 0:
         return rows.to(dtype)
     filled = rows.new_empty(len(rows) + missing, *rows.shape[1:], dtype=dtype)
     filled[: len(rows)] = rows
     filled[len(rows) :] = 0
     return filled
+
+
+def num_missing(count: int, factor: Tensor, dtype: torch.dtype) -> int:
+    """What `count` rows lack to a number that repeats, in products with `factor` in `dtype`; 0 where it is all one."""
+    return -count % ROW_MULTIPLE if _is_compiled_by_shape(factor, dtype) else 0
 
 
 def _is_compiled_by_shape(rows: Tensor, dtype: torch.dtype) -> bool:

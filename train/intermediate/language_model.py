@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from train.loop.batches import Batch
+from train.products import num_missing, product_dtype
 
 T = TypeVar("T")
 PACKED = "understudy_packed"
@@ -44,13 +45,16 @@ class LanguageModel(nn.Module):
     def states(self, batch: Batch) -> Tensor:
         """Float [T, H]: every token's state, ready for lm_head."""
         decoder: Any = self.lm.model
+        num_tokens, head = len(batch.token_ids), self.head
+        missing = num_missing(num_tokens, head, product_dtype(head))  # filled up by a conversation that nobody reads
+        starts = [*batch.starts.tolist(), *([num_tokens + missing] if missing else [])]
         found = decoder(
-            input_ids=batch.token_ids[None],
-            position_ids=batch.position[None],
+            input_ids=pad(batch.token_ids, (0, missing))[None],
+            position_ids=pad(batch.position, (0, missing))[None],
             use_cache=False,
-            cu_seq_lens_q=batch.starts.tolist(),
+            cu_seq_lens_q=starts,
         )
-        states: Tensor = found.last_hidden_state[0]
+        states: Tensor = found.last_hidden_state[0, :num_tokens]
         return states
 
     def gradient_checkpointing_enable(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from train import products
 from train.intermediate.language_model import LanguageModel
 
 
@@ -19,6 +20,22 @@ def test_each_packed_conversation_gets_the_states_that_it_has_alone(tiny: Any, m
     for begin, end in pairwise(batch.starts.tolist()):
         expected = alone.model(input_ids=batch.token_ids[None, begin:end]).last_hidden_state[0]
         torch.testing.assert_close(found[begin:end], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_that_fill_up_a_batch_for_bfloat16_change_nothing(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of a repeating number of rows; nobody reads the added ones, and nothing is learnt from them."""
+    batch = next(each for each in map(tiny.batch, range(9)) if len(each.token_ids) % products.ROW_MULTIPLE)
+    found = []
+    for multiple in (1, products.ROW_MULTIPLE):
+        monkeypatch.setattr(products, "ROW_MULTIPLE", multiple)
+        model = tiny.model()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            states = model.states(batch)
+            (states.float() @ model.head.float().t()).square().sum().backward()
+        assert len(states) == len(batch.token_ids)
+        found.append([states.detach().float(), *(parameter.grad for parameter in model.parameters())])
+    for plain, filled in zip(*found, strict=True):
+        assert torch.linalg.vector_norm(filled - plain) <= 0.02 * torch.linalg.vector_norm(plain)
 
 
 def test_the_head_gives_the_models_own_logits(tiny: Any) -> None:
