@@ -101,7 +101,7 @@ def auto_drafter(
     if measured is None:
         measured = read_plan(bundle)
     modes = available_modes(bundle)
-    candidates = [Candidate("plain", factory.make("plain"), 1.0, costs.forward_ms("target", 1))]
+    candidates = [Candidate("plain", factory.make("plain"), 1.0, costs.forward_ms("target", 1), is_certain=True)]
     candidates += _lookups(costs)
     if "eagle" in modes:
         candidates.append(_head(factory, costs))

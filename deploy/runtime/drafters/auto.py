@@ -33,6 +33,8 @@ _REMEMBERED_ROUNDS = 12.0
 _TRIAL_ROUNDS = 3
 _FIRST_WAIT, _LONGEST_WAIT = 16, 256
 """Rounds without a candidate before it is tried again, for a few rounds in a row."""
+_CERTAIN_TRIAL_ROUNDS, _CERTAIN_WAITS = 1, 4
+"""The same of one whose tokens are known, so that only its time can have changed; waits are this many times longer."""
 _PATIENCE = 4
 """How much longer one that is known to be slow waits: by this power of the ratio of the best rate to its own."""
 _LONGEST_ROUND = 3.0
@@ -45,6 +47,7 @@ class Candidate:
 
     match_length: for a lookup, of the matches that it stands for. row_ms: for a head whose drafts follow its confidence
     (ConfidentDrafter), what one more row takes: worth it is what that time gives at the rate which the head has earned.
+    is_certain: a round gives `tokens` whatever the text is, as one without a draft does.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Candidate:
     milliseconds: float
     match_length: int | None = None
     row_ms: float | None = None
+    is_certain: bool = False
 
 
 @dataclass
@@ -61,6 +65,7 @@ class _Record:
 
     tokens: float
     milliseconds: float
+    is_certain: bool = False
     weight: float = _PRIOR_ROUNDS
     idle: int = 0
     wait: int = _FIRST_WAIT
@@ -84,6 +89,14 @@ class _Record:
             value * share for value in (self.tokens, self.milliseconds, self.weight)
         )
         self.wait = _FIRST_WAIT
+
+    def pass_by(self, best_rate: float) -> None:
+        """A round whose choice is not made yet. After enough of them without it, it is to be tried."""
+        self.idle += 1
+        patience = (best_rate / self.rate) ** _PATIENCE * (_CERTAIN_WAITS if self.is_certain else 1)
+        if self.trials == 0 and self.idle >= self.wait * patience:
+            self.trials = _CERTAIN_TRIAL_ROUNDS if self.is_certain else _TRIAL_ROUNDS
+            self.wait = min(2 * self.wait, _LONGEST_WAIT)
 
 
 @dataclass
@@ -190,7 +203,7 @@ class AutoDrafter:
 
 
 def _new_record(candidate: Candidate) -> _Record:
-    return _Record(candidate.tokens * _PRIOR_ROUNDS, candidate.milliseconds * _PRIOR_ROUNDS)
+    return _Record(candidate.tokens * _PRIOR_ROUNDS, candidate.milliseconds * _PRIOR_ROUNDS, candidate.is_certain)
 
 
 def _choose(records: Mapping[str, _Record]) -> str:
@@ -198,11 +211,7 @@ def _choose(records: Mapping[str, _Record]) -> str:
     best = max(records, key=lambda name: records[name].rate)
     chosen = best
     for name, record in records.items():
-        record.idle += 1
-        patience = (records[best].rate / record.rate) ** _PATIENCE
-        if record.trials == 0 and record.idle >= record.wait * patience:
-            record.trials = _TRIAL_ROUNDS
-            record.wait = min(2 * record.wait, _LONGEST_WAIT)
+        record.pass_by(records[best].rate)
         if name != best and record.trials > 0:
             chosen = name
     record = records[chosen]

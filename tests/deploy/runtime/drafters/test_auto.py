@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from deploy.runtime.drafters.auto import AutoDrafter, Candidate
@@ -90,6 +92,16 @@ def test_one_that_lost_is_tried_again_even_if_all_answers_are_short():
     assert 0 < hard.count(3) <= 20
     easy = answers(60, {0: 2, 3: 3}, {0: 1, 3: 3})
     assert easy[-600:].count(3) >= 590
+
+
+def test_one_that_is_certain_of_its_tokens_is_seldom_tried():
+    def rounds_without_draft(is_certain):
+        clock = Clock()
+        plain, eagle = candidates(2.0)
+        drafter = AutoDrafter([replace(plain, is_certain=is_certain), eagle], clock=clock)
+        return play(drafter, clock, {0: 2, 3: 3}, {0: 1, 3: 2}, rounds=600).count(0)
+
+    assert 0 < rounds_without_draft(True) < rounds_without_draft(False) / 5
 
 
 def test_one_disturbed_round_does_not_decide():
