@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from deploy.formats.bundle import MANIFEST, Bundle, sha256_file
@@ -89,13 +90,17 @@ def read_plan(bundle: Bundle) -> dict[Mode, Expectation]:
 
 
 def auto_drafter(
-    factory: DrafterFactory, costs: Costs, measured: Mapping[Mode, Expectation] | None = None
+    factory: DrafterFactory,
+    costs: Costs,
+    measured: Mapping[Mode, Expectation] | None = None,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> AutoDrafter:
     """All that the bundle can do, "plain" included; of several uses of the intermediate the most promising one, unless
     that has no hope.
 
     measured: what the modes' rounds are like; None: what the bundle's plan says. Of an intermediate for which that has
-    nothing, its own training record says what a chain of its drafts is worth.
+    nothing, its own training record says what a chain of its drafts is worth. clock: of seconds, for rounds.
     """
     bundle = factory.bundle
     if measured is None:
@@ -111,7 +116,7 @@ def auto_drafter(
         best = max(c.tokens / c.milliseconds for c in candidates if c.match_length is None)
         if expected.tokens / milliseconds >= _HOPEFUL * best:
             candidates.append(Candidate(mode, factory.make(mode, options), expected.tokens, milliseconds))
-    return AutoDrafter(candidates)
+    return AutoDrafter(candidates, clock=clock)
 
 
 _INTERMEDIATE: tuple[Mode, ...] = ("chain", "cascade", "cascade-lookup")
@@ -130,10 +135,10 @@ def _intermediate(
         times = {mode: _planned_ms(costs, mode, expected) for mode, expected in possible.items()}
         mode = max(possible, key=lambda mode: possible[mode].tokens / times[mode])
         return mode, None, possible[mode], times[mode]
-    if "chain" not in modes:
+    if "chain" not in modes or "intermediate" not in costs.drafts:
         return None
     known = factory.bundle.component("intermediate").drafter
-    assert known is not None and "intermediate" in costs.drafts
+    assert known is not None
     expected = best_chain(costs, "intermediate", known.acceptance.by_position)
     milliseconds = round_ms(costs, "intermediate", expected)
     return "chain", DraftOptions(depth=round(expected.levels)), expected, milliseconds

@@ -1,0 +1,195 @@
+"""Modes on a clock that only known costs advance: what each gives by category, without a busy machine's noise.
+
+    python -m benchmarks.on_clock BUNDLE --prompts FILE.jsonl [--costs COSTS.json] [--modes auto,lookup,eagle,…]
+        [--categories writing,coding,…] [--per-category 5] [--tokens 128] [--temperature 0] [--json OUT]
+
+Every answer is really made, by the bundle's models. But a forward takes what T(rows) of COSTS says and a draft what its
+levels cost; Python between them takes nothing, and reading the prompt is left out. Mode auto goes by this clock too, so
+that the same command prints the same numbers anywhere. COSTS: a file as `python -m deploy tune` keeps it, a plan.json
+or another result with costs, of this machine or of another; by default what was measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import write_json
+from benchmarks.speculative import MT_BENCH
+from deploy.formats.bundle import Bundle
+from deploy.runtime.auto_mode import auto_drafter, machine_costs
+from deploy.runtime.costs import Costs
+from deploy.runtime.drafters.base import Drafter
+from deploy.runtime.generation import GenerationOptions
+from deploy.runtime.modes import NEEDS, DrafterFactory, Mode, available_modes
+from deploy.runtime.prompts import PromptRecord, read_prompts
+from deploy.runtime.sampling import SamplingParams
+from deploy.runtime.session import Session
+from deploy.runtime.speculation import Speculation, draft_depth
+
+
+class Clock:
+    """Milliseconds that were charged; called, seconds."""
+
+    def __init__(self) -> None:
+        self.milliseconds = 0.0
+
+    def __call__(self) -> float:
+        return self.milliseconds / 1e3
+
+    def charge(self, model: object, method: str, price: Callable[..., float]) -> None:
+        """From now on `model.method` takes price(result, arguments)."""
+        inner = getattr(model, method)
+
+        def charged(*arguments: Any, **named: Any) -> Any:
+            result = inner(*arguments, **named)
+            self.milliseconds += price(result, arguments)
+            return result
+
+        setattr(model, method, charged)
+
+
+class Simulation:
+    """A bundle whose models take what `costs` say."""
+
+    def __init__(self, bundle: Bundle, costs: Costs | None, threads: int | None) -> None:
+        self.session = Session.open(bundle, threads=threads)
+        self.factory = DrafterFactory(bundle, self.session.backend, "cpu", threads)
+        self.costs = costs or machine_costs(self.factory)
+        self.clock = Clock()
+        roles = {component.role for component in bundle.manifest.components}
+        for role in roles & set(self.costs.rows_ms):
+            model = self.session.backend if role == "target" else self.factory.language_model(role)
+            self.clock.charge(model, "forward_tokens", self._forward_price(role))
+        for role in roles & set(self.costs.drafts):
+            drafting = self.factory.language_model(role) if role in self.costs.rows_ms else self.factory.head(role)
+            self.clock.charge(drafting, "draft", self._draft_price(role))
+
+    def _forward_price(self, role: str) -> Callable[..., float]:
+        return lambda _result, arguments: self.costs.forward_ms(role, len(arguments[0]))
+
+    def _draft_price(self, role: str) -> Callable[..., float]:
+        def price(draft: Any, arguments: Sequence[Any]) -> float:
+            return self.costs.drafts[role].milliseconds(max(draft_depth(draft), 1), arguments[3].width)
+
+        return price
+
+    def knows(self, mode: Mode) -> bool:
+        """Whether the costs have every model of the mode's."""
+        head = ("eagle-target",) if "eagle" in available_modes(self.factory.bundle) else ()
+        return set(head if mode == "auto" else NEEDS.get(mode, ())) <= {*self.costs.rows_ms, *self.costs.drafts}
+
+    def drafter(self, mode: Mode) -> Drafter:
+        if mode == "auto":
+            return auto_drafter(self.factory, self.costs, clock=self.clock)
+        return self.factory.make(mode)
+
+    def answer(self, prompt: list[int], options: GenerationOptions) -> tuple[tuple[int, ...], float, Speculation]:
+        """Tokens, the milliseconds of all rounds but the prompt's, and what the drafts came to."""
+        begins: list[float] = []
+        drafter, propose = self.session.drafter, self.session.drafter.propose
+
+        def noted(*arguments: Any) -> Any:
+            begins.append(self.clock.milliseconds)
+            return propose(*arguments)
+
+        drafter.propose = noted  # type: ignore[method-assign, assignment]
+        try:
+            found = self.session.generate(prompt, options)
+        finally:
+            drafter.propose = propose  # type: ignore[method-assign]
+        taken = self.clock.milliseconds - begins[0] if begins else 0.0
+        return found.token_ids, taken, found.speculation
+
+
+def read_stated(path: Path) -> Costs:
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    return Costs.from_json(raw.get("costs", raw))
+
+
+def measure(
+    simulation: Simulation, modes: Sequence[Mode], records: Sequence[PromptRecord], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Mode → speed-up over plain decoding, τ and drafted tokens a round, and the speed-up by category."""
+    found: dict[str, Any] = {}
+    plain: list[tuple[int, ...]] = []
+    for mode in modes:
+        simulation.session.use(simulation.drafter(mode))
+        by_category: dict[str, list[float]] = {}
+        counts, texts = [], []
+        for index, record in enumerate(records):
+            prompt = simulation.session.encode_chat([{"role": "user", "content": record.turns[0]}])
+            how = GenerationOptions(options.tokens, SamplingParams(options.temperature, seed=index))
+            tokens, milliseconds, speculation = simulation.answer(prompt, how)
+            sums = by_category.setdefault(record.category or "", [0.0, 0.0])
+            sums[0] += len(tokens) - 1
+            sums[1] += milliseconds
+            counts.append(speculation)
+            texts.append(tokens)
+        plain = plain or texts
+        assert texts == plain, f"{mode} changed an answer"
+        alone = simulation.costs.forward_ms("target", 1)
+        total = Speculation.total(counts)
+        every = [sum(sums[i] for sums in by_category.values()) for i in (0, 1)]
+        found[mode] = {
+            "speedup": round(alone * every[0] / every[1], 3),
+            "tau": round(total.tau, 3),
+            "drafted_per_round": round(total.drafted / total.rounds, 2),
+            "by_category": {name: round(alone * given / taken, 3) for name, (given, taken) in by_category.items()},
+        }
+        parts = "  ".join(f"{name} {ratio:.2f}" for name, ratio in found[mode]["by_category"].items())
+        print(f"{mode:15} {found[mode]['speedup']:.3f}x plain, τ {total.tau:.3f}: {parts}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--costs", type=Path)
+    parser.add_argument("--modes", type=lambda text: text.split(","))
+    parser.add_argument("--categories", type=lambda text: text.split(","), default=list(MT_BENCH))
+    parser.add_argument("--per-category", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    bundle = Bundle.open(arguments.bundle)
+    try:
+        costs = None if arguments.costs is None else read_stated(arguments.costs)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        parser.error(f"--costs {arguments.costs}: holds no costs ({error})")
+    simulation = Simulation(bundle, costs, arguments.threads)
+    records = list(read_prompts(arguments.prompts))
+    chosen = [
+        record
+        for category in arguments.categories
+        for record in [each for each in records if each.category == category][: arguments.per_category]
+    ]
+    if not chosen:
+        parser.error(f"--prompts {arguments.prompts}: has no prompt of {', '.join(arguments.categories)}")
+    others = [mode for mode in available_modes(bundle) if mode not in ("plain", "auto") and simulation.knows(mode)]
+    modes = arguments.modes or ["plain", "auto", *others]
+    if unknown := [mode for mode in modes if not simulation.knows(mode)]:
+        parser.error(f"--modes {','.join(unknown)}: the costs say nothing of a model that they need")
+    found = measure(simulation, modes, chosen, arguments)
+    if arguments.json:
+        write_json(
+            arguments.json,
+            {
+                "bundle": bundle.path.name,
+                "prompts": len(chosen),
+                "tokens": arguments.tokens,
+                "temperature": arguments.temperature,
+                "costs": simulation.costs.to_json(),
+                "modes": found,
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()
