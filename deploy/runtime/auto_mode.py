@@ -17,7 +17,7 @@ from deploy.runtime.drafters.lookup import LookupDrafter
 from deploy.runtime.drafters.model import EagleDrafter
 from deploy.runtime.machine import describe_device
 from deploy.runtime.modes import DrafterFactory, DraftOptions, Mode, available_modes
-from deploy.runtime.plan import MOST_LEVELS, Expectation, best_chain, best_lookups, round_ms, row_ms, worth_of_row
+from deploy.runtime.plan import MOST_LEVELS, Expectation, best_chain, best_lookups, round_ms, worth_of_row
 from deploy.runtime.plan_file import read_plan_file
 from deploy.runtime.tree import TreeLimits
 
@@ -116,7 +116,8 @@ def auto_drafter(
         best = max(c.tokens / c.milliseconds for c in candidates if c.match_length is None)
         if expected.tokens / milliseconds >= _HOPEFUL * best:
             candidates.append(Candidate(mode, factory.make(mode, options), expected.tokens, milliseconds))
-    return AutoDrafter(candidates, clock=clock)
+    few_rows = {rows: ms for rows, ms in costs.rows_ms["target"].items() if rows <= 1 + _LIMITS.num_nodes}
+    return AutoDrafter(candidates, few_rows, clock=clock)
 
 
 _INTERMEDIATE: tuple[Mode, ...] = ("chain", "cascade", "cascade-lookup")
@@ -163,7 +164,7 @@ def _head(factory: DrafterFactory, costs: Costs) -> Candidate:
     expected = best_chain(costs, "eagle-target", known.acceptance.by_position)
     drafter = ConfidentDrafter(head, _LIMITS, worth_of_row(costs, "eagle-target", expected))
     milliseconds = round_ms(costs, "eagle-target", expected)
-    return Candidate("eagle", drafter, expected.tokens, milliseconds, row_ms=row_ms(costs, expected))
+    return Candidate("eagle", drafter, expected.tokens, milliseconds)
 
 
 def _planned_ms(costs: Costs, mode: Mode, expected: Expectation) -> float:

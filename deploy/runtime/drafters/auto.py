@@ -35,6 +35,8 @@ _FIRST_WAIT, _LONGEST_WAIT = 16, 256
 """Rounds without a candidate before it is tried again, for a few rounds in a row."""
 _CERTAIN_TRIAL_ROUNDS, _CERTAIN_WAITS = 1, 4
 """The same of one whose tokens are known, so that only its time can have changed; waits are this many times longer."""
+_ROW_PRIOR = 15.0
+"""What a row's time as it was measured before weighs, in squares of rows: four forwards whose rows vary by two."""
 _PATIENCE = 4
 """How much longer one that is known to be slow waits: by this power of the ratio of the best rate to its own."""
 _LONGEST_ROUND = 3.0
@@ -45,9 +47,8 @@ _LONGEST_ROUND = 3.0
 class Candidate:
     """A way to draft. tokens, milliseconds: predicted, a round's.
 
-    match_length: for a lookup, of the matches that it stands for. row_ms: for a head whose drafts follow its confidence
-    (ConfidentDrafter), what one more row takes: worth it is what that time gives at the rate which the head has earned.
-    is_certain: a round gives `tokens` whatever the text is, as one without a draft does.
+    match_length: for a lookup, of the matches that it stands for. is_certain: a round gives `tokens` whatever the text
+    is, as one without a draft does.
     """
 
     name: str
@@ -55,7 +56,6 @@ class Candidate:
     tokens: float
     milliseconds: float
     match_length: int | None = None
-    row_ms: float | None = None
     is_certain: bool = False
 
 
@@ -99,22 +99,65 @@ class _Record:
             self.wait = min(2 * self.wait, _LONGEST_WAIT)
 
 
+class _RowCost:
+    """What one more row adds to a forward, in milliseconds: the slope of a line through recent forwards, of no more
+    rows than were measured before. What was measured is where it begins, and holds where rows do not vary; but a
+    machine whose memory or cores others use is not the same an hour later.
+
+    known: rows → milliseconds.
+    """
+
+    def __init__(self, known: Mapping[int, float]) -> None:
+        self._most_rows = max(known)
+        self._known = float(np.polyfit(list(known), list(known.values()), 1)[0]) if len(known) > 1 else 0.0
+        self._sums = np.zeros(5)  # of weights, rows, milliseconds, rows², rows · milliseconds
+
+    def add(self, rows: int, milliseconds: float) -> None:
+        """One more forward; one that met something else counts as if it had met less."""
+        if rows > self._most_rows:
+            return
+        weight, x, y = self._sums[:3]
+        if weight:
+            milliseconds = min(milliseconds, _LONGEST_ROUND * (y + self.slope * (weight * rows - x)) / weight)
+        self._sums *= _MEMORY
+        self._sums += 1.0, rows, milliseconds, rows * rows, rows * milliseconds
+
+    @property
+    def slope(self) -> float:
+        weight, x, y, xx, xy = self._sums
+        if not weight:
+            return max(self._known, 0.0)
+        spread, along = xx - x * x / weight, xy - x * y / weight
+        return max(float(along + _ROW_PRIOR * self._known) / float(spread + _ROW_PRIOR), 0.0)
+
+
 @dataclass
 class _Round:
-    """The round that is under way: who drafts, whose record it goes into, and since when."""
+    """The round that is under way: who drafts, whose record it goes into, since when, when the draft was there and how
+    many rows it made."""
 
     record: _Record
     begin: float
+    drafted: float = 0.0
+    rows: int = 0
 
 
 class AutoDrafter:
     """Drafter (deploy/runtime/drafters/base.py) that takes the best of `candidates` in each round.
 
-    candidates: by preference where rates are equal; those of one lookup share its drafter. clock: seconds. `choices`
-    counts rounds by candidate.
+    candidates: by preference where rates are equal; those of one lookup share its drafter. rows_ms: rows → milliseconds
+    of a forward of the model above, as measured before. A head whose drafts follow its confidence (ConfidentDrafter) is
+    told what a row is worth: what its time, which rounds tell ever anew, gives at the rate that the head has earned.
+    clock: seconds. `choices` counts rounds by candidate.
     """
 
-    def __init__(self, candidates: Sequence[Candidate], *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        candidates: Sequence[Candidate],
+        rows_ms: Mapping[int, float] | None = None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         if not candidates:
             raise ValueError("auto needs at least one candidate")
         self._candidates = {candidate.name: candidate for candidate in candidates}
@@ -127,6 +170,7 @@ class AutoDrafter:
         self._drafters = list({id(c.drafter): c.drafter for c in candidates}.values())
         self.taps = tuple(sorted({layer for drafter in self._drafters for layer in drafter.taps}))
         self._rounds: dict[int, _Round] = {}
+        self._row_cost = _RowCost(rows_ms) if rows_ms else None
         self._clock = clock
         self.choices: dict[str, int] = dict.fromkeys(self._candidates, 0)
 
@@ -153,8 +197,10 @@ class AutoDrafter:
             drafter.commit(sequence, tokens, self._states_of(drafter, features))
         finished = self._rounds.pop(sequence, None)
         if finished is not None:
-            milliseconds = (self._clock() - finished.begin) * 1e3
-            finished.record.add(len(tokens), milliseconds)
+            now = self._clock()
+            finished.record.add(len(tokens), (now - finished.begin) * 1e3)
+            if self._row_cost is not None and not self._rounds:  # else the forward had rows of others, too
+                self._row_cost.add(finished.rows, (now - finished.drafted) * 1e3)
 
     def _states_of(self, drafter: Drafter, features: Float32 | None) -> Float32 | None:
         if features is None or not drafter.taps:
@@ -170,13 +216,13 @@ class AutoDrafter:
         begin = self._clock()
         records = self._records[self._match_length(sequence, path)]
         name = _choose(records)
-        self._rounds[sequence] = _Round(records[name], begin)
         self.choices[name] += 1
-        chosen = self._candidates[name]
-        if chosen.row_ms is not None:
-            assert isinstance(chosen.drafter, ConfidentDrafter)
-            chosen.drafter.worth = chosen.row_ms * records[name].rate
-        return chosen.drafter.propose(sequence, path, budget, sampling, sample_index)
+        drafter = self._candidates[name].drafter
+        if self._row_cost is not None and isinstance(drafter, ConfidentDrafter):
+            drafter.worth = self._row_cost.slope * records[name].rate
+        draft = drafter.propose(sequence, path, budget, sampling, sample_index)
+        self._rounds[sequence] = _Round(records[name], begin, self._clock(), 1 + len(draft))
+        return draft
 
     def _match_length(self, sequence: int, path: Sequence[int]) -> int:
         """How long an end of the text occurred before, as lookups count it; 0 where none did."""

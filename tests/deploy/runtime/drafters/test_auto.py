@@ -29,6 +29,22 @@ class Chain(NoDrafter):
         return Draft.chain(list(range(self.length)))
 
 
+class VaryingHead(ConfidentDrafter):
+    """Drafts of given sizes in turn."""
+
+    taps = ()
+
+    def __init__(self, sizes=(1, 2, 3, 4, 5)):
+        self.worth, self._sizes, self._round = 9.0, sizes, 0
+
+    def propose(self, sequence, path, budget, sampling, sample_index):
+        self._round += 1
+        return Draft.chain(list(range(self._sizes[self._round % len(self._sizes)])))
+
+    def commit(self, sequence, tokens, features):
+        pass
+
+
 def play(drafter, clock, milliseconds, tokens, rounds=300):
     """Rounds in which a draft of n tokens costs milliseconds[n] and gives tokens[n]; n of each round."""
     drafted = []
@@ -133,24 +149,36 @@ def test_rates_are_kept_apart_for_texts_with_and_without_a_match():
 
 
 def test_a_row_is_worth_what_its_time_gives_at_the_rate_that_the_head_has_earned():
-    class Head(ConfidentDrafter):
-        taps = ()
-
-        def __init__(self):
-            self.worth = 9.0
-
-        def propose(self, sequence, path, budget, sampling, sample_index):
-            return Draft.chain([1, 2])
-
-        def commit(self, sequence, tokens, features):
-            pass
-
-    clock, head = Clock(), Head()
-    drafter = AutoDrafter([Candidate("eagle", head, 3.0, 3.0, row_ms=0.2)], clock=clock)
+    clock, head = Clock(), VaryingHead((2,))
+    drafter = AutoDrafter([Candidate("eagle", head, 3.0, 3.0)], {1: 2.0, 5: 2.8}, clock=clock)
     drafter.propose(0, [1], 9, GREEDY, 0)
     assert head.worth == pytest.approx(0.2 * 3 / 3)
     play(drafter, clock, {2: 4}, {2: 2})
     assert head.worth == pytest.approx(0.2 * 2 / 4, rel=1e-3)
+
+
+def test_a_row_costs_what_it_costs_now():
+    """The machine was measured while its memory was slow; now its cores are: rows cost more, one alone less."""
+    head = VaryingHead()
+    clock = Clock()
+    drafter = AutoDrafter([Candidate("eagle", head, 3.0, 3.0)], {1: 4.0, 5: 4.8, 9: 5.6}, clock=clock)
+    worths = []
+    for _ in range(100):
+        rows = 1 + len(drafter.propose(0, [1], 9, GREEDY, 0))
+        worths.append(head.worth)
+        clock.now += (2.0 + 0.6 * rows) / 1e3
+        drafter.commit(0, [7] * 2, None)
+    rate = 2 / (2.0 + 0.6 * 4)
+    assert worths[0] == pytest.approx(0.2)
+    assert 0.5 * rate < worths[-1] < 0.65 * rate
+
+
+def test_rows_that_do_not_vary_leave_a_row_its_measured_cost():
+    head = VaryingHead((3,))
+    clock = Clock()
+    drafter = AutoDrafter([Candidate("eagle", head, 3.0, 3.0)], {1: 2.0, 5: 2.8}, clock=clock)
+    play(drafter, clock, {3: 4}, {3: 2}, rounds=3000)
+    assert head.worth == pytest.approx(0.2 * 2 / 4, rel=1e-2)
 
 
 def test_a_lookup_is_taken_only_where_the_text_has_a_match_of_its_length():
