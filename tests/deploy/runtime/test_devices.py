@@ -76,7 +76,7 @@ def test_a_missing_package_is_named(gpu, monkeypatch):
     from deploy.runtime import gpu_device
 
     monkeypatch.setattr(gpu_device.importlib.util, "find_spec", lambda name: None if name == "triton" else object())
-    with pytest.raises(DeviceError, match=r"triton is not installed.*understudy\[gpu\]"):
+    with pytest.raises(DeviceError, match=r"triton is not installed.*pip install -e '.\[gpu\]'"):
         choose_backend("gpu", GIB)
 
 
