@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import write_json
-from benchmarks.speculative import MT_BENCH
+from benchmarks.speculative import MT_BENCH, choose_records
 from deploy.formats.bundle import Bundle
 from deploy.runtime.auto_mode import auto_drafter, machine_costs
 from deploy.runtime.costs import Costs
 from deploy.runtime.drafters.base import Drafter
 from deploy.runtime.generation import GenerationOptions
+from deploy.runtime.machine import describe_device
 from deploy.runtime.modes import NEEDS, DrafterFactory, Mode, available_modes
-from deploy.runtime.prompts import PromptRecord, read_prompts
+from deploy.runtime.prompts import PromptRecord
 from deploy.runtime.sampling import SamplingParams
 from deploy.runtime.session import Session
 from deploy.runtime.speculation import Speculation, draft_depth
@@ -105,17 +106,21 @@ class Simulation:
         return found.token_ids, taken, found.speculation
 
 
-def read_stated(path: Path) -> Costs:
+def read_stated(path: Path) -> tuple[Costs, Any]:
+    """The costs that a file holds, and of which machine it says that they are."""
     raw = json.loads(path.read_text(encoding="utf-8"))
-    return Costs.from_json(raw.get("costs", raw))
+    return Costs.from_json(raw.get("costs", raw)), raw.get("machine")
 
 
 def measure(
     simulation: Simulation, modes: Sequence[Mode], records: Sequence[PromptRecord], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Mode → speed-up over plain decoding, τ and drafted tokens a round, and the speed-up by category."""
+    """Mode → speed-up over plain decoding, τ and drafted tokens a round, and the speed-up by category.
+
+    Raises RuntimeError when a mode's answer is not the first one's.
+    """
     found: dict[str, Any] = {}
-    plain: list[tuple[int, ...]] = []
+    expected: list[tuple[int, ...]] = []
     for mode in modes:
         simulation.session.use(simulation.drafter(mode))
         by_category: dict[str, list[float]] = {}
@@ -129,8 +134,9 @@ def measure(
             sums[1] += milliseconds
             counts.append(speculation)
             texts.append(tokens)
-        plain = plain or texts
-        assert texts == plain, f"{mode} changed an answer"
+        expected = expected or texts
+        if texts != expected:
+            raise RuntimeError(f"{mode} and {modes[0]} give different answers")
         alone = simulation.costs.forward_ms("target", 1)
         total = Speculation.total(counts)
         every = [sum(sums[i] for sums in by_category.values()) for i in (0, 1)]
@@ -160,20 +166,15 @@ def main() -> None:
     arguments = parser.parse_args()
     bundle = Bundle.open(arguments.bundle)
     try:
-        costs = None if arguments.costs is None else read_stated(arguments.costs)
+        costs, machine = read_stated(arguments.costs) if arguments.costs else (None, None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         parser.error(f"--costs {arguments.costs}: holds no costs ({error})")
     simulation = Simulation(bundle, costs, arguments.threads)
-    records = list(read_prompts(arguments.prompts))
-    chosen = [
-        record
-        for category in arguments.categories
-        for record in [each for each in records if each.category == category][: arguments.per_category]
-    ]
-    if not chosen:
-        parser.error(f"--prompts {arguments.prompts}: has no prompt of {', '.join(arguments.categories)}")
+    chosen = choose_records(arguments)
     others = [mode for mode in available_modes(bundle) if mode not in ("plain", "auto") and simulation.knows(mode)]
     modes = arguments.modes or ["plain", "auto", *others]
+    if missing := [mode for mode in modes if mode not in available_modes(bundle)]:
+        parser.error(f"--modes {','.join(missing)}: the bundle can do {', '.join(available_modes(bundle))}")
     if unknown := [mode for mode in modes if not simulation.knows(mode)]:
         parser.error(f"--modes {','.join(unknown)}: the costs say nothing of a model that they need")
     found = measure(simulation, modes, chosen, arguments)
@@ -185,6 +186,7 @@ def main() -> None:
                 "prompts": len(chosen),
                 "tokens": arguments.tokens,
                 "temperature": arguments.temperature,
+                "machine": machine or describe_device(simulation.session.backend),
                 "costs": simulation.costs.to_json(),
                 "modes": found,
             },

@@ -41,6 +41,7 @@ def test_modes_of_unknown_cost_are_refused(bundle, tmp_path, monkeypatch, capsys
     arguments = [str(bundle.path), "--prompts", str(prompts), "--categories", "x", "--tokens", "3"]
     for costs, modes, message in (
         (plain, "eagle", "--modes eagle: the costs say nothing"),
+        (plain, "plain,egle", "--modes egle: the bundle can do auto, plain"),
         (prompts, "plain", "--costs .*prompts.jsonl: holds no costs"),
     ):
         monkeypatch.setattr(sys, "argv", ["on_clock", *arguments, "--costs", str(costs), "--modes", modes])

@@ -33,9 +33,8 @@ _REMEMBERED_ROUNDS = 12.0
 _TRIAL_ROUNDS = 3
 _FIRST_WAIT, _LONGEST_WAIT = 16, 256
 """Rounds without a candidate before it is tried again, for a few rounds in a row."""
-_CERTAIN_TRIAL_ROUNDS, _CERTAIN_WAITS, _SETTLING_ROUNDS = 6, 4, 3
-"""The same of one whose tokens are known, so that only its time can have changed; waits are this many times longer. Its
-first rounds do not count: some processors compute one row more slowly when they have just computed many."""
+_CERTAIN_TRIAL_ROUNDS, _CERTAIN_WAITS = 1, 4
+"""The same of one whose tokens are known, so that only its time can have changed; waits are this many times longer."""
 _ROW_PRIOR = 15.0
 """What a row's time as it was measured before weighs, in squares of rows: four forwards whose rows vary by two."""
 _PATIENCE = 4
@@ -71,16 +70,12 @@ class _Record:
     idle: int = 0
     wait: int = _FIRST_WAIT
     trials: int = 0
-    settling: int = 0
 
     @property
     def rate(self) -> float:
         return self.tokens / self.milliseconds
 
     def add(self, tokens: int, milliseconds: float) -> None:
-        if self.settling:
-            self.settling -= 1
-            return
         usual = self.milliseconds / self.weight
         self.tokens = _MEMORY * self.tokens + tokens
         self.milliseconds = _MEMORY * self.milliseconds + min(milliseconds, _LONGEST_ROUND * usual)
@@ -101,7 +96,6 @@ class _Record:
         patience = (best_rate / self.rate) ** _PATIENCE * (_CERTAIN_WAITS if self.is_certain else 1)
         if self.trials == 0 and self.idle >= self.wait * patience:
             self.trials = _CERTAIN_TRIAL_ROUNDS if self.is_certain else _TRIAL_ROUNDS
-            self.settling = _SETTLING_ROUNDS if self.is_certain else 0
             self.wait = min(2 * self.wait, _LONGEST_WAIT)
 
 
@@ -124,7 +118,8 @@ class _RowCost:
             return
         weight, x, y = self._sums[:3]
         if weight:
-            milliseconds = min(milliseconds, _LONGEST_ROUND * (y + self.slope * (weight * rows - x)) / weight)
+            usual = max(y, y + self.slope * (weight * rows - x)) / weight
+            milliseconds = min(milliseconds, _LONGEST_ROUND * usual)
         self._sums *= _MEMORY
         self._sums += 1.0, rows, milliseconds, rows * rows, rows * milliseconds
 

@@ -117,19 +117,7 @@ def test_one_that_is_certain_of_its_tokens_is_seldom_tried():
         drafter = AutoDrafter([replace(plain, is_certain=is_certain), eagle], clock=clock)
         return play(drafter, clock, {0: 2, 3: 3}, {0: 1, 3: 2}, rounds=600).count(0)
 
-    assert 0 < rounds_without_draft(True) < 0.7 * rounds_without_draft(False)
-
-
-def test_the_first_rounds_of_one_that_is_certain_do_not_count():
-    """One row takes 4 ms right after many, and 2 when it has been one for a while."""
-    clock = Clock()
-    plain = Candidate("plain", NoDrafter(), 1.0, 4.0, is_certain=True)
-    drafter = AutoDrafter([plain, Candidate("eagle", Chain(3), 1.2, 3.0)], clock=clock)
-    drafted = []
-    for _ in range(600):
-        drafted += play(drafter, clock, {0: 2 if drafted[-3:] == [0, 0, 0] else 4, 3: 3}, {0: 1, 3: 1}, rounds=1)
-    assert drafted[:10] == [3] * 10
-    assert drafted[-200:].count(0) >= 180
+    assert 0 < rounds_without_draft(True) < rounds_without_draft(False) / 5
 
 
 def test_one_disturbed_round_does_not_decide():
