@@ -147,7 +147,9 @@ def _recipe(config: dict[str, Any], context_length: int, seed: int) -> Recipe:
     return Recipe(
         **{key: config[key] for key in same},
         temperatures=tuple(config["temperatures"]),
-        self_written=SelfWritten(**config["self_written"]),
+        self_written=SelfWritten(
+            **{**config["self_written"], "first_words": tuple(config["self_written"]["first_words"])}
+        ),
         context_length=context_length,
         seed=seed,
     )
@@ -162,7 +164,8 @@ def _check_fit(config: dict[str, Any], recipe: Recipe, chat: ChatFormat) -> None
                 "the target's chat template has no user header (a base model?), so that it cannot write prompts; give"
                 " some: generate=prompts generate.prompts.path=FILE"
             )
-        longest += len(chat.user_prefix_ids()) + config["self_written"]["max_tokens"]
+        first_words = max((len(chat.token_ids(words)) for words in recipe.self_written.first_words), default=0)
+        longest += len(chat.user_prefix_ids()) + first_words + config["self_written"]["max_tokens"]
     if longest > recipe.context_length:
         raise ValueError(
             f"generate.max_tokens={config['max_tokens']} with a prompt exceeds the target's context of"

@@ -49,6 +49,12 @@ def check_values(config: dict[str, Any]) -> None:
         raise ValueError("generate.temperatures=[] is empty; give at least one, e.g. [0.0, 0.8]")
     for temperature in config["temperatures"]:
         _check("generate.temperatures", temperature, _TEMPERATURE)
+    for words in config["self_written"]["first_words"]:
+        if words != words.strip():
+            raise ValueError(
+                f"generate.self_written.first_words: {words!r} begins or ends with white space; leave it out, for the"
+                " target's next word brings its own"
+            )
     kind = config["engine"]["kind"]
     if kind not in _ENGINE_RANGES:
         raise ValueError(f"generate.engine.kind={kind} is unknown; use {', '.join(_ENGINE_RANGES)}")

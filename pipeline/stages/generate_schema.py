@@ -19,11 +19,16 @@ class Writer(Enum):
 
 @dataclass
 class SelfWrittenConfig:
-    """User turns that the target writes itself. max_tokens: one that has not ended by then is dropped."""
+    """User turns that the target writes itself. max_tokens: one that has not ended by then is dropped.
+
+    first_words: that conversations begin with, one of them drawn for each; an empty one leaves them to the target, and
+    so does an empty list.
+    """
 
     max_tokens: int = MISSING
     temperature: float = MISSING
     top_p: float = MISSING
+    first_words: list[str] = MISSING
 
 
 @dataclass

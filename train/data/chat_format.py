@@ -64,6 +64,10 @@ class ChatFormat:
         """Tokens after which the target writes the next user turn (Magpie, arXiv 2406.08464)."""
         return tuple(self._encode(around_user_turn(self._render, earlier)[0]))
 
+    def token_ids(self, text: str) -> tuple[int, ...]:
+        """Tokens of a text that stands within a turn."""
+        return tuple(self._encode(text))
+
     def text(self, token_ids: Sequence[int]) -> str:
         """What a reader of the tokens sees, without special tokens."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))

@@ -50,8 +50,9 @@ def open_slot(
     """The slot's first user turn: the record's, or one that the target writes."""
     if record is not None:
         return Opening(record.turns[0], record.turns[1:], num_written=0, is_given=True)
-    completion = yield _self_written(recipe, index, chat.user_prefix_ids(), sample_index=index)
-    text, num_written = _said(chat, completion), len(completion.token_ids)
+    first = chat.token_ids(recipe.first_words(index))
+    completion = yield _self_written(recipe, index, chat.user_prefix_ids() + first, sample_index=index)
+    text, num_written = _said(chat, completion, first), len(completion.token_ids)
     if not text:
         return Lost(index, "prompt did not end" if not completion.is_ended else "prompt is empty", num_written)
     return Opening(text, (), num_written, is_given=False)
@@ -148,6 +149,11 @@ def _self_written(
     return Request(index, prefix, rule.max_tokens, rule.temperature, rule.top_p, sample_index, continues_turns)
 
 
-def _said(chat: ChatFormat, completion: Completion) -> str:
-    """A self-written user turn as its user would have typed it; "" where it did not end or says nothing."""
-    return chat.text(completion.token_ids[:-1]).strip() if completion.is_ended else ""
+def _said(chat: ChatFormat, completion: Completion, first: tuple[int, ...] = ()) -> str:
+    """A self-written user turn as its user would have typed it, from its `first` tokens on.
+
+    "" where it did not end or the target added nothing.
+    """
+    written = completion.token_ids[:-1]
+    says_something = completion.is_ended and chat.text(written).strip()
+    return chat.text(first + written).strip() if says_something else ""

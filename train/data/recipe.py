@@ -8,11 +8,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SelfWritten:
-    """User turns that the target writes: at most `max_tokens` each, by nucleus sampling."""
+    """User turns that the target writes: at most `max_tokens` each, by nucleus sampling.
+
+    first_words: of a conversation's first turn, one of them drawn for each slot; none are given where there are none.
+    """
 
     max_tokens: int
     temperature: float
     top_p: float
+    first_words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,5 +60,13 @@ class Recipe:
             rank * self.heldout_greedy_share
         ):
             return 0.0
-        digest = hashlib.sha256(f"{self.seed}/temperature/{index}".encode()).digest()
-        return self.temperatures[int.from_bytes(digest[:8], "little") % len(self.temperatures)]
+        return self.temperatures[self._draw("temperature", index, len(self.temperatures))]
+
+    def first_words(self, index: int) -> str:
+        """That the self-written prompt of slot `index` begins with, "" where the target chooses them too."""
+        choices = self.self_written.first_words
+        return choices[self._draw("first words", index, len(choices))] if choices else ""
+
+    def _draw(self, what: str, index: int, num_choices: int) -> int:
+        digest = hashlib.sha256(f"{self.seed}/{what}/{index}".encode()).digest()
+        return int.from_bytes(digest[:8], "little") % num_choices

@@ -29,7 +29,7 @@ CONFIG: dict[str, Any] = {
     "stop_loops": True,
     "num_turns": 2,
     "shard_size": 8,
-    "self_written": {"max_tokens": 24, "temperature": 1.0, "top_p": 1.0},
+    "self_written": {"max_tokens": 24, "temperature": 1.0, "top_p": 1.0, "first_words": []},
     "prompts": {"share": 0.0, "path": None, "dataset": None, "dataset_split": "train", "column": "prompt"},
     "engine": {"kind": "runtime", "num_sequences": 12, "device": "cpu"},
 }

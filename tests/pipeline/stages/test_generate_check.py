@@ -56,6 +56,7 @@ def test_the_defaults_are_valid(composed: Any, engine: tuple[str, ...]) -> None:
         ("generate.shard_size=0", r"generate\.shard_size=0 must be 1 or more"),
         ("generate.self_written.max_tokens=0", r"generate\.self_written\.max_tokens=0 must be 1 or more"),
         ("generate.self_written.temperature=-1", r"generate\.self_written\.temperature=-1\.0 must be 0"),
+        ("generate.self_written.first_words=['Why ']", r"first_words: 'Why ' begins or ends with white space"),
         ("generate.self_written.top_p=2", r"generate\.self_written\.top_p=2\.0 must be above 0"),
         ("generate.prompts.share=-1", r"generate\.prompts\.share=-1\.0 must be from 0 to 1"),
         ("generate.engine.num_sequences=0", r"generate\.engine\.num_sequences=0 must be 1 or more"),

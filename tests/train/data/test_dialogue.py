@@ -9,6 +9,7 @@ import pytest
 from train.data.conversations import Kept, Lost
 from train.data.dialogue import RESPONSES, Opening, converse, open_slot
 from train.data.prompts import PromptRecord
+from train.data.recipe import SelfWritten
 
 GIVEN = Opening("Why?", ("And?", "So?"), num_written=0, is_given=True)
 OWN = Opening("Why?", (), num_written=7, is_given=False)
@@ -41,6 +42,20 @@ def test_the_target_writes_a_prompt_from_its_user_prefix(tools: Any) -> None:
     assert (request.temperature, request.top_p, request.max_tokens) == (rule.temperature, rule.top_p, rule.max_tokens)
     assert (request.number, request.sample_index) == (4, 4)
     assert opening == Opening("Why so?", (), num_written=len(" Why so? \n") + 1, is_given=False)
+
+
+def test_a_self_written_prompt_begins_with_the_words_drawn_for_its_slot(tools: Any) -> None:
+    recipe = tools.recipe(self_written=SelfWritten(24, 0.8, 0.9, ("", "What is", "Explain")))
+    seen = set()
+    for index in range(40):
+        words = recipe.first_words(index)
+        (request,), opening = tools.answered(open_slot(tools.chat(), recipe, index, None), [" so? \n"])
+        assert text(tools.chat(), request.prompt) == f"<|im_start|>user\n{words}"
+        assert opening == Opening(f"{words} so?".strip(), (), num_written=len(" so? \n") + 1, is_given=False)
+        seen.add(words)
+    assert seen == {"", "What is", "Explain"}
+    _, lost = tools.answered(open_slot(tools.chat(), recipe, 0, None), [" \n"])
+    assert lost == Lost(0, "prompt is empty", 3)
 
 
 @pytest.mark.parametrize(("answer", "reason"), [((9, 9, 9), "prompt did not end"), (" \n", "prompt is empty")])
