@@ -172,6 +172,8 @@ class AutoDrafter:
         self.taps = tuple(sorted({layer for drafter in self._drafters for layer in drafter.taps}))
         self._rounds: dict[int, _Round] = {}
         self._row_cost = _RowCost(rows_ms) if rows_ms else None
+        self._num_committed = 0  # sequences, since the last draft was begun
+        self._last_forward: tuple[int, float] | None = None  # rows and milliseconds
         self._clock = clock
         self.choices: dict[str, int] = dict.fromkeys(self._candidates, 0)
 
@@ -182,11 +184,13 @@ class AutoDrafter:
 
     def begin(self, sequence: int, length: int) -> int:
         """All of them go on from the same token: from the earliest that one of them wants."""
-        before = length + 1
-        while length < before:
-            before = length
-            for drafter in self._drafters:
-                length = drafter.begin(sequence, length)
+        places = [length + 1] * len(self._drafters)
+        while max(places) > length:
+            # One that is there already is not asked again: a head would go back by one more token.
+            for index, drafter in enumerate(self._drafters):
+                if places[index] > length:
+                    places[index] = drafter.begin(sequence, length)
+            length = min(places)
         self._rounds.pop(sequence, None)
         for records in self._records.values():
             for record in records.values():
@@ -197,11 +201,17 @@ class AutoDrafter:
         for drafter in self._drafters:
             drafter.commit(sequence, tokens, self._states_of(drafter, features))
         finished = self._rounds.pop(sequence, None)
+        self._num_committed += 1
         if finished is not None:
             now = self._clock()
             finished.record.add(len(tokens), (now - finished.begin) * 1e3)
-            if self._row_cost is not None and not self._rounds:  # else the forward had rows of others, too
-                self._row_cost.add(finished.rows, (now - finished.drafted) * 1e3)
+            self._last_forward = finished.rows, (now - finished.drafted) * 1e3
+
+    def _learn_row_cost(self) -> None:
+        """From the last round's forward, where no other sequence had rows in it."""
+        if self._row_cost is not None and self._last_forward is not None and self._num_committed == 1:
+            self._row_cost.add(*self._last_forward)
+        self._num_committed, self._last_forward = 0, None
 
     def _states_of(self, drafter: Drafter, features: Float32 | None) -> Float32 | None:
         if features is None or not drafter.taps:
@@ -215,6 +225,7 @@ class AutoDrafter:
         self, sequence: int, path: Sequence[int], budget: int, sampling: SamplingParams, sample_index: int
     ) -> Draft:
         begin = self._clock()
+        self._learn_row_cost()
         records = self._records[self._match_length(sequence, path)]
         name = _choose(records)
         self.choices[name] += 1

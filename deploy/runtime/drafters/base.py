@@ -29,7 +29,8 @@ class Drafter(Protocol):
     def begin(self, sequence: int, length: int) -> int:
         """Forget the sequence's committed tokens from `length` on; how many it can go on from, at most `length`.
 
-        The level above computes the others again, so that it can commit them again.
+        The level above computes the others again, so that it can commit them again. Asked again, one that needs a
+        token's state may go back by one more.
         """
         ...
 

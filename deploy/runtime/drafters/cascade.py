@@ -47,11 +47,15 @@ class Cascade:
     def propose(
         self, sequence: int, path: Sequence[int], budget: int, sampling: SamplingParams, sample_index: int
     ) -> Draft:
-        self._go_back(sequence, self._agreed(sequence, path))
         text, begin = list(path), len(path)
         wanted = begin + min(budget, self.min_draft_length)
-        while len(text) < wanted:
-            text += self._round(sequence, text, begin + budget - len(text), sampling, sample_index)
+        try:
+            self._go_back(sequence, self._agreed(sequence, path))
+            while len(text) < wanted:
+                text += self._round(sequence, text, begin + budget - len(text), sampling, sample_index)
+        except BaseException:  # an interrupt may fall between the intermediate and its drafter
+            self.reset(sequence)
+            raise
         return Draft.chain(text[begin : begin + budget])
 
     def _round(

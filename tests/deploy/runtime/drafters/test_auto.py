@@ -173,6 +173,25 @@ def test_a_row_costs_what_it_costs_now():
     assert 0.5 * rate < worths[-1] < 0.65 * rate
 
 
+@pytest.mark.parametrize("others", ["another round", "a prompt before", "a prompt behind"])
+def test_forwards_with_rows_of_others_say_nothing_of_a_rows_cost(others):
+    head, clock = VaryingHead(), Clock()
+    drafter = AutoDrafter([Candidate("eagle", head, 2.0, 4.0)], {1: 2.0, 5: 2.8}, clock=clock)
+    for _ in range(100):
+        rows = 1 + len(drafter.propose(0, [1], 9, GREEDY, 0))
+        if others == "another round":
+            rows += 1 + len(drafter.propose(1, [1], 9, GREEDY, 0))
+        clock.now += (2.0 + 0.6 * rows) / 1e3
+        if others == "a prompt before":
+            drafter.commit(2, [7] * 100, None)
+        drafter.commit(0, [7] * 2, None)
+        if others == "another round":
+            drafter.commit(1, [7] * 2, None)
+        if others == "a prompt behind":
+            drafter.commit(2, [7] * 100, None)
+    assert head.worth / (drafter.rates()["eagle"] / 1e3) == pytest.approx(0.2, rel=0.05)
+
+
 def test_rows_that_do_not_vary_leave_a_row_its_measured_cost():
     head = VaryingHead((3,))
     clock = Clock()
@@ -208,6 +227,24 @@ def test_all_drafters_go_on_from_the_same_token():
     drafter = AutoDrafter([Candidate("a", first, 1, 1), Candidate("b", second, 1, 1)])
     assert drafter.begin(0, 12) == 7
     assert first.begins[-1] == second.begins[-1] == 7
+
+
+def test_a_head_goes_back_once_however_often_the_others_are_asked():
+    """Its row also stands for the next token: each time it is asked it goes on from one token fewer than is known."""
+
+    class Head(NoDrafter):
+        def begin(self, sequence, length):
+            return length - 1
+
+    class Text(NoDrafter):
+        def begin(self, sequence, length):
+            return min(length, 40)
+
+    for others in ([NoDrafter()], [NoDrafter(), Text()]):
+        drafters = [Head(), *others]
+        drafter = AutoDrafter([Candidate(str(index), each, 1, 1) for index, each in enumerate(drafters)])
+        assert drafter.begin(0, 30) == 29
+    assert drafter.begin(0, 60) == 39
 
 
 def test_no_candidates_are_refused():

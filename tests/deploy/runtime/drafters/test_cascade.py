@@ -71,6 +71,24 @@ def test_answers_are_those_of_plain_decoding(tmp_path, tiny, bundle, is_same, sa
             assert found.speculation.rounds <= 2 + len(found.token_ids) // 5
 
 
+def test_an_interrupt_within_the_intermediate_costs_no_later_draft(tmp_path, tiny, monkeypatch):
+    model = other_model(tmp_path, tiny)
+    cascade = Cascade(model, LookupDrafter(), min_draft_length=3)
+    path = [int(token) for token in np.random.default_rng(0).integers(0, 263, 40)]
+    cascade.propose(0, path[:20], 9, SamplingParams(), 0)
+
+    def interrupted(*_arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("deploy.runtime.drafters.cascade.verify", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cascade.propose(0, path, 9, SamplingParams(), 0)
+    cascade.begin(0, 2)
+    expected = written_alone(model, path[:4], 3, SamplingParams(), 0)
+    assert cascade.propose(0, path[:4], 3, SamplingParams(), 0).tokens == expected
+
+
 def test_cascades_compose(tmp_path, tiny, bundle):
     plain, session = Session.open(bundle), Session.open(bundle)
     inner = Cascade(other_model(tmp_path, tiny), LookupDrafter(), min_draft_length=2)
