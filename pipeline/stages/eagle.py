@@ -19,7 +19,7 @@ from deploy.formats.errors import FormatError
 from deploy.formats.speculators import CONFIG_FILE, WEIGHTS_FILE, EagleDirectory
 from pipeline.graph import BuildContext
 from pipeline.manifest import sha256_file
-from pipeline.stages.training import keyed_settings, train_settings, unkeyed_settings
+from pipeline.stages.training import check_training, keyed_settings, unkeyed_settings
 
 HEAD = "head"
 HISTORY = "history.json"
@@ -45,7 +45,7 @@ def fingerprint(config: dict[str, Any], key: str) -> dict[str, str]:
     """Digests of the head that training starts from, where one is named."""
     if config["initial"] is None:
         return {}
-    files = [Path(config["initial"]).expanduser() / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    files = [Path(config["initial"]) / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
     return {f"{key}.initial/{file.name}": sha256_file(file) for file in files if file.is_file()}
 
 
@@ -84,14 +84,14 @@ def check(config: dict[str, Any], read_shape: Callable[[], ModelShape], key: str
     if config["step_decay"] <= 0:
         raise ValueError(f"{key}.step_decay={config['step_decay']} must be above 0; 0.8 and 1.0 are usual")
     check_worth(config, key)
-    train_settings(config["train"]).check(f"{key}.train.")
+    check_training(config["train"], f"{key}.train.")
 
 
 def _check_initial(config: dict[str, Any], shape: ModelShape, layers: tuple[int, ...], key: str) -> None:
     """Raises ValueError when `initial` is no head that this training can go on with."""
     given = f"{key}.initial={config['initial']}"
     try:
-        with EagleDirectory.open(Path(config["initial"]).expanduser(), shape) as head:
+        with EagleDirectory.open(Path(config["initial"]), shape) as head:
             found = head.config
     except FormatError as error:
         raise ValueError(f"{given}: {error}; name the directory of a head for this model, or leave it out") from error
@@ -120,7 +120,7 @@ def check_place(config: dict[str, Any], key: str, published: Path) -> None:
     """Raises ValueError when the head that training starts from lies in the bundle that the run replaces: the same
     command would then never find its result, and train again each time."""
     initial = config["initial"]
-    if initial is not None and Path(initial).expanduser().absolute().is_relative_to(published.absolute()):
+    if initial is not None and Path(initial).absolute().is_relative_to(published.absolute()):
         raise ValueError(
             f"{key}.initial={initial} lies in {published}, which this run replaces; give the new bundle another name="
         )
@@ -159,4 +159,4 @@ def build(unkeyed_training: dict[str, Any], initial: str | None, threads: int | 
     """Writes `head/` and `history.json`; continues from the checkpoints of an interrupted build."""
     from pipeline.stages.eagle_training import train_head
 
-    train_head(unkeyed_training, None if initial is None else Path(initial).expanduser(), threads, context)
+    train_head(unkeyed_training, None if initial is None else Path(initial), threads, context)

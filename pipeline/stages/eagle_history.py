@@ -27,8 +27,8 @@ class LossLog:
             with self._path.open("a", encoding="utf-8") as stream:
                 stream.write(line + "\n")
 
-    def curve(self) -> list[dict[str, float]]:
-        """At most `POINTS` points {"tokens", "loss"}: means over as many consecutive rows each."""
+    def curve(self, last_step: int) -> list[dict[str, float]]:
+        """Up to `last_step`, at most `POINTS` points {"tokens", "loss"}: means over as many consecutive rows each."""
         rows: dict[int, dict[str, float]] = {}
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
         for line in lines:
@@ -37,7 +37,7 @@ class LossLog:
             except ValueError:
                 continue  # cut off by a kill, and trained again after it
             rows[row["step"]] = row
-        in_order = [rows[step] for step in sorted(rows)]
+        in_order = [rows[step] for step in sorted(rows) if step <= last_step]
         return [
             {"tokens": part[-1]["tokens"], "loss": sum(row["loss"] for row in part) / len(part)}
             for part in _parts(in_order, -(-len(in_order) // POINTS))
@@ -50,6 +50,7 @@ def history(loss: LossLog, evaluations: Sequence[Evaluation], *, with_seconds: b
     with_seconds: seconds of training before each evaluation, otherwise null: they are part of the result only where
     time is the budget.
     """
+    last_step = evaluations[-1].step  # a run that was killed may have come further than the one that ended
     found = [
         {
             "step": each.step,
@@ -59,7 +60,7 @@ def history(loss: LossLog, evaluations: Sequence[Evaluation], *, with_seconds: b
         }
         for each in evaluations
     ]
-    return {"training": loss.curve(), "evaluations": found}
+    return {"training": loss.curve(last_step), "evaluations": found}
 
 
 def write_history(path: Path, content: Mapping[str, Any]) -> None:

@@ -69,7 +69,15 @@ def train_head(unkeyed: dict[str, Any], initial: Path | None, threads: int | Non
         draft_ids = keep_most_frequent(_only(data.counts, above_ids), size, target.eos_token_ids)
         task, head = _make_task(context, target, layers, columns, heldout, draft_ids)
         started = None if initial is None else _start_from(initial, head, target, owner, draft_ids)
-        result, loss = run_training(context, task, data.train, settings, "training the head", features=source)
+        result, loss = run_training(
+            context,
+            task,
+            data.train,
+            settings,
+            "training the head",
+            features=source,
+            is_start_trained=initial is not None,
+        )
         measured = measure_sizes(
             head,
             heldout,
@@ -80,7 +88,7 @@ def train_head(unkeyed: dict[str, Any], initial: Path | None, threads: int | Non
             read_bytes(backend, len(above_ids)),
         )
     is_timed = settings.max_seconds is not None
-    record = _record(config, measured, result, data, started, is_timed=is_timed)
+    record = _record(config, measured, result, data, heldout.num_conversations, started, is_timed=is_timed)
     write_head(context.out / HEAD, measured, owner, record)
     write_history(context.out / HISTORY, history(loss, result.evaluations, with_seconds=is_timed))
     remove_traces(context)
@@ -175,11 +183,11 @@ def _record(
     measured: Measured,
     result: TrainResult,
     data: _Data,
+    num_heldout: int,
     started: dict[str, Any] | None,
     *,
     is_timed: bool,
 ) -> TrainingRecord:
-    written = sum(int(found.loss_mask().sum()) for found in data.train)
     covered = float(data.counts[measured.draft_ids].sum() / data.counts.sum())
     return TrainingRecord(
         tokens=result.tokens,
@@ -191,9 +199,9 @@ def _record(
         mbsu=measured.mbsu,
         settings=config,
         data={
-            "train_conversations": len(data.train),
-            "train_written_tokens": written,
-            "heldout_conversations": len(data.heldout),
+            "train_conversations": result.num_sequences,
+            "train_written_tokens": result.num_learned,
+            "heldout_conversations": num_heldout,
             "epochs": round(result.epochs, 3),
             "best_step": result.best.step,
             "precision": result.precision,

@@ -39,6 +39,19 @@ def train_settings(config: dict[str, Any]) -> TrainSettings:
     return TrainSettings(**{**config, "betas": tuple(config["betas"])})
 
 
+def check_training(config: dict[str, Any], prefix: str) -> None:
+    """Raises ValueError for training settings that make no sense, or that this machine cannot follow.
+
+    prefix: goes before a setting's name.
+    """
+    settings = train_settings(config)
+    settings.check(prefix)
+    if settings.precision == "bf16":
+        import torch
+
+        settings.resolve_precision(torch.device("cuda" if torch.cuda.is_available() else "cpu"), prefix)
+
+
 def run_training(
     context: BuildContext,
     task: Task,
@@ -48,10 +61,12 @@ def run_training(
     *,
     features: FeatureSource | None = None,
     phase: str = "",
+    is_start_trained: bool = False,
 ) -> tuple[TrainResult, LossLog]:
     """Trains into `context.out`, going on from the checkpoints of an interrupted build.
 
     what: shown beside the progress. phase: where a stage trains more than once; metrics are then called `phase/…`.
+    is_start_trained: see `train.loop.loop.train`.
     """
     from train.loop.loop import train
 
@@ -80,6 +95,7 @@ def run_training(
             features=features,
             on_log=on_log,
             on_progress=on_progress,
+            is_start_trained=is_start_trained,
         )
     return result, loss
 

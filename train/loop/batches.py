@@ -84,6 +84,8 @@ class BatchPlan:
     ) -> None:
         cut = [(sequence.token_ids[:max_length], sequence.loss_mask()[:max_length]) for sequence in sequences]
         self._sequences = [(token_ids, mask) for token_ids, mask in cut if mask.any()]
+        if not sequences:
+            raise ValueError("there is no text to train on; give more, or longer texts")
         if not self._sequences:
             raise ValueError(
                 f"none of the {len(sequences)} training conversations has a token to learn from within "
@@ -93,6 +95,16 @@ class BatchPlan:
         self._tokens_per_batch = tokens_per_batch
         self._seed = seed
         self._epoch = lru_cache(maxsize=2)(self._pack_epoch)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that are not left out."""
+        return len(self._sequences)
+
+    @property
+    def num_learned(self) -> int:
+        """Their tokens that are learned from."""
+        return sum(int(mask.sum()) for _, mask in self._sequences)
 
     def digest(self) -> str:
         """Names the sequences: equal for equal tokens and masks in the same order."""

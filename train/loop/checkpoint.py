@@ -72,7 +72,9 @@ def write_checkpoint(
 ) -> Checkpoint:
     """Write the checkpoint of `step` into `out`, then remove all but the last two.
 
-    state: JSON values. is_best: whether this model is the best so far; else the best is that of `previous`, if any.
+    Whatever stands there for a later step is damaged, for the run came to this one from an earlier checkpoint, and is
+    removed too. state: JSON values. is_best: whether this model is the best so far; else the best is that of
+    `previous`, if any.
     Raises OSError when it cannot be written; earlier checkpoints are then as they were.
     """
     final = out / f"checkpoint-{step:09d}"
@@ -98,9 +100,11 @@ def write_checkpoint(
         _sync(out)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise _explained(error, final) from error
-    for old in list_checkpoints(out)[NUM_KEPT:]:
-        shutil.rmtree(old)
+        raise _explained(error, final, previous) from error
+    found = list_checkpoints(out)
+    place = found.index(final)
+    for other in (*found[:place], *found[place + NUM_KEPT :]):
+        shutil.rmtree(other)
     return Checkpoint(final, state)
 
 
@@ -142,12 +146,11 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _explained(error: OSError | SafetensorError, path: Path) -> OSError:
+def _explained(error: OSError | SafetensorError, path: Path, previous: Checkpoint | None) -> OSError:
     """The error as an OSError that says what still stands; safetensors tells the number in its message alone."""
     found = re.search(r"os error (\d+)", str(error))
     number = error.errno if isinstance(error, OSError) else int(found[1]) if found else errno.EIO
-    kept = next(iter(list_checkpoints(path.parent)), None)
-    then = f"{kept.name} is intact and training can go on from it" if kept else "there is no earlier one"
+    then = f"{previous.path.name} is intact and training can go on from it" if previous else "there is no earlier one"
     return OSError(number, f"{os.strerror(number or errno.EIO)}: {path.name} was not written; {then}", str(path.parent))
 
 

@@ -7,22 +7,15 @@ from train.loop.step import StepOutcome
 class LogWindow:
     """Sums over the steps since the last row; skipped steps count as time and tokens only."""
 
-    def __init__(self, num_steps: int, state: TrainState) -> None:
-        self._num_steps = num_steps
+    def __init__(self, state: TrainState) -> None:
         self._begin(state)
 
     def add(self, outcome: StepOutcome) -> None:
         """Count one step."""
-        self._seen += 1
         if outcome.is_finite:
             for name, value in {"loss": outcome.loss, **outcome.metrics}.items():
                 self._sums[name] = self._sums.get(name, 0.0) + value
             self._count += outcome.count
-
-    @property
-    def is_full(self) -> bool:
-        """Whether `num_steps` steps were added since the last row."""
-        return self._seen >= self._num_steps
 
     def row(self, state: TrainState, outcome: StepOutcome, learning_rate: float) -> dict[str, float]:
         """The metrics of the window that ends here, and a new window. Means are per counted position."""
@@ -41,5 +34,5 @@ class LogWindow:
 
     def _begin(self, state: TrainState) -> None:
         self._sums: dict[str, float] = {}
-        self._count, self._seen = 0.0, 0
+        self._count = 0.0
         self._tokens, self._seconds = state.tokens, state.elapsed_seconds

@@ -26,6 +26,7 @@ def train(
     features: FeatureSource | None,
     on_log: OnLog,
     on_progress: OnProgress,
+    is_start_trained: bool = False,
 ) -> TrainResult:
     """Train `task.model` until the budget is used up, and leave the parameters of the best evaluation in it.
 
@@ -36,22 +37,30 @@ def train(
     from one thread, which is a background one where batches are loaded ahead. on_log: called in the main process with
     the step and metrics by name; those of evaluations begin with "heldout/". on_progress: called there after every step
     with the share of the budget that is used up and an estimate of the seconds left, evaluations included.
+    is_start_trained: the model was trained before, so it is evaluated as it starts, and stays if nothing is better.
     Raises ValueError for settings that make no sense, for a checkpoint in `out` of another run, and when losses or
     gradients stay non-finite; OSError when a checkpoint cannot be written. Earlier checkpoints then stay as they were.
     """
     run = Run(task, sequences, settings, out, seed=seed)
     run.resume()
-    window = LogWindow(settings.log_every, run.state)
+
+    def evaluate() -> None:
+        metrics = run.evaluate()
+        if run.is_main:
+            on_log(run.state.step, {f"heldout/{name}": value for name, value in metrics.items()})
+
+    if is_start_trained and run.state.step == 0:
+        evaluate()
+        run.save()
+    window = LogWindow(run.state)
     with closing(run.batches(features)) as batches:
         for plan in run.plans():
             outcome = run.step(plan, batches)
             window.add(outcome)
-            if window.is_full and run.is_main:
+            if run.is_window_over and run.is_main:
                 on_log(run.state.step, window.row(run.state, outcome, run.learning_rate))
             if run.is_evaluation_due:
-                metrics = run.evaluate()
-                if run.is_main:
-                    on_log(run.state.step, {f"heldout/{name}": value for name, value in metrics.items()})
+                evaluate()
             if run.is_evaluation_due or run.is_checkpoint_due:
                 run.save()
             if run.is_main:

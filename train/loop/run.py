@@ -136,10 +136,17 @@ class Run:
         return outcome
 
     @property
+    def is_window_over(self) -> bool:
+        """Whether the steps since the last row of the log make another one."""
+        return self.is_evaluation_due or self.state.step % self._settings.log_every == 0
+
+    @property
     def is_checkpoint_due(self) -> bool:
-        """Whether it is time for one. None is written while steps are being skipped: the parameters may be lost."""
+        """Whether it is time for one. None is written while steps are being skipped, for the parameters may be lost,
+        and none within a window of the log, whose sums would be."""
         age = self.state.elapsed_seconds - self._saved_at
-        return age >= self._settings.checkpoint_every_seconds and self._skipped_in_a_row == 0
+        is_old = age >= self._settings.checkpoint_every_seconds
+        return is_old and self.is_window_over and self._skipped_in_a_row == 0
 
     def evaluate(self) -> dict[str, float]:
         """Held-out metrics now, which enter the state."""
@@ -162,7 +169,8 @@ class Run:
         """Estimated seconds to the end of the budget, evaluations included."""
         done, state = self.progress, self.state
         training = state.elapsed_seconds * (1 - done) / done
-        num_left = max(self._evaluations_due(1.0) - len(state.evaluations), 0)
+        num_done = sum(evaluation.step > 0 for evaluation in state.evaluations)
+        num_left = max(self._evaluations_due(1.0) - num_done, 0)
         evaluating = num_left * state.evaluation_seconds / max(len(state.evaluations), 1)
         return max(training + evaluating, 0.0)
 
@@ -181,6 +189,8 @@ class Run:
             skipped_steps=state.skipped_steps,
             precision=self._stepper.precision,
             num_processes=self._num_processes,
+            num_sequences=self._plan.num_sequences,
+            num_learned=self._plan.num_learned,
             best=state.best,
             evaluations=tuple(state.evaluations),
         )

@@ -21,7 +21,11 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("weight_decay", "feature_cache_gb", "prefetch"), lambda value: value >= 0, "0 or more"),
     (("min_learning_rate_ratio", "warmup_share"), lambda value: 0 <= value <= 1, "between 0 and 1"),
     (("evaluate_every",), lambda value: 0 < value <= 1, "a share of the budget, above 0 and at most 1"),
-    (("betas",), lambda value: all(0 <= beta < 1 for beta in value), "0 or more and below 1, e.g. [0.9, 0.95]"),
+    (
+        ("betas",),
+        lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
+        "two, each 0 or more and below 1",
+    ),
     (("optimizer",), lambda value: value in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
     (("precision",), lambda value: value in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
 )
@@ -110,8 +114,11 @@ class TrainSettings:
             return self.prefetch
         return 0 if device.type == "cpu" else PREFETCH_BESIDE_GPU
 
-    def resolve_precision(self, device: torch.device) -> str:
-        """fp32 or bf16. Raises ValueError for bf16 on a device that would only emulate it, many times slower."""
+    def resolve_precision(self, device: torch.device, prefix: str = "") -> str:
+        """fp32 or bf16. Raises ValueError for bf16 on a device that would only emulate it, many times slower.
+
+        prefix: goes before the setting's name.
+        """
         if self.precision == "fp32":
             return "fp32"
         import torch  # settings are also read where nothing is trained
@@ -122,6 +129,6 @@ class TrainSettings:
             is_native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         if self.precision == "bf16" and not is_native:
             raise ValueError(
-                f"precision=bf16: this {device.type} does not multiply bfloat16 natively; use auto or fp32"
+                f"{prefix}precision=bf16: this {device.type} does not multiply bfloat16 natively; use auto or fp32"
             )
         return "bf16" if is_native else "fp32"

@@ -59,7 +59,8 @@ class TrainState:
 class TrainResult:
     """How a finished run went; the task's model then holds the parameters of the best evaluation.
 
-    epochs: passes over the data, a fraction included. precision: fp32 or bf16, as resolved. The other values as in
+    epochs: passes over the data, a fraction included. precision: fp32 or bf16, as resolved. num_sequences, num_learned:
+    of the data, sequences that were not left out, and their tokens that are learned from. The other values as in
     `TrainState`.
     """
 
@@ -71,5 +72,7 @@ class TrainResult:
     skipped_steps: int
     precision: str
     num_processes: int
+    num_sequences: int
+    num_learned: int
     best: Evaluation
     evaluations: tuple[Evaluation, ...]

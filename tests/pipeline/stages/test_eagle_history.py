@@ -20,7 +20,15 @@ def test_a_step_that_was_trained_again_counts_once_and_with_its_last_loss(tmp_pa
     for step, loss in ((1, 5.0), (2, 4.0), (3, 9.0), (2, 4.0), (3, 3.0)):
         log.add(step, row(step, loss))
     expected = [(100, 5.0), (200, 4.0), (300, 3.0)]
-    assert [(point["tokens"], point["loss"]) for point in LossLog(tmp_path / "loss.jsonl").curve()] == expected
+    assert [(point["tokens"], point["loss"]) for point in LossLog(tmp_path / "loss.jsonl").curve(99)] == expected
+
+
+def test_steps_that_a_killed_run_made_beyond_the_end_are_left_out(tmp_path: Path) -> None:
+    log = LossLog(tmp_path / "loss.jsonl")
+    for step in range(1, 6):
+        log.add(step, row(step, 1.0))
+    told = history(log, [Evaluation(3, 300, 1.0, {"tau": 1.0})], with_seconds=True)
+    assert [point["tokens"] for point in told["training"]] == [100, 200, 300]
 
 
 def test_a_line_that_a_kill_cut_off_is_passed_over(tmp_path: Path) -> None:
@@ -29,13 +37,13 @@ def test_a_line_that_a_kill_cut_off_is_passed_over(tmp_path: Path) -> None:
     with (tmp_path / "loss.jsonl").open("a") as stream:
         stream.write('{"step": 2, "tok\n')
     log.add(2, row(2, 4.0))
-    assert [point["loss"] for point in log.curve()] == [5.0, 4.0]
+    assert [point["loss"] for point in log.curve(99)] == [5.0, 4.0]
 
 
 def test_rows_of_evaluations_are_no_losses(tmp_path: Path) -> None:
     log = LossLog(tmp_path / "loss.jsonl")
     log.add(1, {"heldout/tau": 1.5})
-    assert log.curve() == []
+    assert log.curve(99) == []
 
 
 @pytest.mark.parametrize("num_rows", [1, POINTS, POINTS + 1, 5 * POINTS - 3])
@@ -43,7 +51,7 @@ def test_the_curve_has_few_points_that_average_all_rows(tmp_path: Path, num_rows
     log = LossLog(tmp_path / "loss.jsonl")
     for step in range(1, num_rows + 1):
         log.add(step, row(step, float(step)))
-    curve = log.curve()
+    curve = log.curve(num_rows)
     size = -(-num_rows // POINTS)
     assert len(curve) == -(-num_rows // size) <= POINTS
     assert curve[-1]["tokens"] == 100 * num_rows

@@ -94,10 +94,21 @@ def test_texts_without_anything_to_learn_are_left_out() -> None:
     assert plan.token_ids(0).tolist() == TEXTS[1].token_ids[:31].tolist()
 
 
-@pytest.mark.parametrize("sequences", [[], [Prompt(TEXTS[0].token_ids)]])
-def test_nothing_to_learn_at_all_is_an_error(sequences: list[Text]) -> None:
-    with pytest.raises(ValueError, match=f"none of the {len(sequences)} training conversations .* max_length=31"):
+@pytest.mark.parametrize(
+    ("sequences", "message"),
+    [
+        ([], "there is no text to train on"),
+        ([Prompt(TEXTS[0].token_ids)], "none of the 1 training conversations .* max_length=31"),
+    ],
+)
+def test_nothing_to_learn_at_all_is_an_error(sequences: list[Text], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         make_plan(sequences=sequences)
+
+
+def test_what_is_left_out_is_not_counted() -> None:
+    plan = make_plan(sequences=[Prompt(TEXTS[0].token_ids), TEXTS[1]])
+    assert (plan.num_sequences, plan.num_learned) == (1, int(TEXTS[1].loss_mask()[:31].sum()))
 
 
 def test_the_digest_names_tokens_masks_and_order() -> None:

@@ -99,6 +99,18 @@ def test_all_damaged_is_like_none(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert len(caplog.records) == 2
 
 
+def test_damaged_later_ones_go_when_a_run_comes_by_again(tmp_path: Path) -> None:
+    first = write(tmp_path, 3, is_best=True)
+    for step in (10, 20):
+        (write(tmp_path, step, previous=first).path / "state.json").write_text("{")
+    shutil.rmtree(first.path, ignore_errors=True)
+    assert read_last_checkpoint(tmp_path) is None
+    best = write(tmp_path, 5, is_best=True)
+    assert list_checkpoints(tmp_path) == [best.path]
+    write(tmp_path, 12, previous=best)
+    assert read(tmp_path).best()["count"] == 5
+
+
 def test_what_an_interrupted_write_left_is_ignored_and_replaced(tmp_path: Path) -> None:
     write(tmp_path, 1)
     for step in (2, 3):
@@ -135,9 +147,10 @@ import sys, torch
 from pathlib import Path
 from train.loop.checkpoint import read_last_checkpoint, write_checkpoint
 out = Path(sys.argv[1])
+last = None
 for step, size in enumerate((1000, 100_000, 1_000_000)):
     try:
-        write_checkpoint(out, step, {"step": step}, {"a": torch.ones(size)}, {}, is_best=True, previous=None)
+        last = write_checkpoint(out, step, {"step": step}, {"a": torch.ones(size)}, {}, is_best=True, previous=last)
     except OSError as error:
         print("ERROR", error.errno, error)
 print("LAST", read_last_checkpoint(out).state, sorted(path.name for path in out.iterdir()))

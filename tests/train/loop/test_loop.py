@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -183,13 +184,47 @@ def test_evaluations_come_at_shares_of_the_budget(tmp_path: Path) -> None:
 
 def test_the_log_holds_means_and_rates(tmp_path: Path) -> None:
     rows: list[tuple[int, dict[str, float]]] = []
-    run(TinyTask(), tmp_path, max_tokens=2000, log_every=4, on_log=lambda step, row: rows.append((step, row)))
-    assert [step for step, row in rows if "loss" in row] == [4, 8, 12, 16]
+    options = {"max_tokens": 2000, "log_every": 4, "evaluate_every": 1.0}
+    run(TinyTask(), tmp_path, on_log=lambda step, row: rows.append((step, row)), **options)
+    assert [step for step, row in rows if "loss" in row] == [4, 8, 12, 16, 17]
     row = next(row for step, row in rows if step == 4 and "loss" in row)
     assert 0 < row["loss"] < 2 * math.log(37)
     assert 0 <= row["accuracy"] <= 1
     assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["elapsed_seconds"])
     assert row["gradient_norm"] > 0
+
+
+def test_the_log_of_a_resumed_run_is_that_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    def rows_of(out: Path, stops: list[int]) -> dict[int, float]:
+        rows = dict[int, float]()
+        for stop in [*stops, 10**9]:
+
+            def note(step: int, row: dict[str, float], stop: int = stop) -> None:
+                if "loss" in row:
+                    rows[step] = row["loss"]
+                if step >= stop:
+                    raise InterruptionError
+
+            with suppress(InterruptionError):
+                run(TinyTask(), out, max_tokens=2000, log_every=4, checkpoint_every_seconds=0.0001, on_log=note)
+        return rows
+
+    assert rows_of(tmp_path / "pieces", [7, 12]) == rows_of(tmp_path / "whole", [])
+
+
+def test_a_trained_start_is_kept_when_nothing_is_better(tmp_path: Path) -> None:
+    task = TinyTask(taus=[2.5, 1.0, 1.5, 2.5, 1.0])
+    before = {name: tensor.clone() for name, tensor in trained_state(task.model).items()}
+    result = run(task, tmp_path, max_tokens=TOKENS, is_start_trained=True)
+    assert (result.best.step, result.best.tokens, len(result.evaluations)) == (0, 0, 5)
+    assert_equal(trained_state(task.model), before)
+
+
+def test_a_trained_start_is_not_evaluated_again_by_a_resumed_run(tmp_path: Path) -> None:
+    whole = run(TinyTask(), tmp_path / "whole", max_tokens=TOKENS, is_start_trained=True)
+    interrupted_run(tmp_path / "pieces", [5], max_tokens=TOKENS, is_start_trained=True)
+    assert_equal(last_state(tmp_path / "pieces"), last_state(tmp_path / "whole"))
+    assert whole.evaluations[0].step == 0
 
 
 def test_progress_ends_at_one_with_no_time_left(tmp_path: Path) -> None:

@@ -122,6 +122,7 @@ class TinyTask:
 def run(task: TinyTask, out: Path, *, sequences: Sequence[Text] | None = None, **options: Any) -> TrainResult:
     """Train on 60 texts with small settings; `options` are settings or arguments of `train`."""
     arguments: dict[str, Any] = {"seed": SEED, "features": None, "on_log": _ignore, "on_progress": _ignore}
+    arguments["is_start_trained"] = False
     arguments |= {name: options.pop(name) for name in list(options) if name in arguments}
     small: dict[str, Any] = {"tokens_per_batch": 64, "max_length": 32, "accumulation": 2, "evaluate_every": 0.25}
     settings = TrainSettings(**{**small, "learning_rate": 1e-2, "log_every": 1, **options})
