@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import date, datetime, time
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import jinja2
@@ -25,6 +26,11 @@ from deploy.formats.model_dir import read_json
 
 TURN_MARKER = "\u2063turn\u2063"
 """Stands for a turn's text while a template is taken apart; no template writes it, none trims it."""
+
+OTHER_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Names of special tokens that templates may write, besides those for the beginning and the end."""
+FIXED_DAY = date(2024, 7, 26)
+"""What a template writes as the date where a text has to follow from its key alone: Llama 3's own default."""
 
 
 class ChatTemplateError(ValueError):
@@ -49,8 +55,14 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
+def _clock(day: date | None) -> Callable[[str], str]:
+    """`strftime_now` as it stands at midnight of `day`; None: as it stands when it is asked."""
+
+    def strftime_now(pattern: str) -> str:
+        moment = datetime.now() if day is None else datetime.combine(day, time())
+        return moment.strftime(pattern)
+
+    return strftime_now
 
 
 def _tojson(
@@ -64,27 +76,39 @@ def _tojson(
 
 
 class ChatTemplate:
-    """A compiled template. Raises ChatTemplateError (a ValueError) when the source does not compile."""
+    """A compiled template. Raises ChatTemplateError (a ValueError) when the source does not compile.
 
-    def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "") -> None:
+    other_tokens: special tokens that a template may write besides these two, by name ("unk_token": "<unk>"). day: the
+    date that a template writes which asks for one (Llama 3, SmolLM3); None writes the present one.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        bos_token: str = "",
+        eos_token: str = "",
+        other_tokens: Mapping[str, str] = MappingProxyType({}),
+        day: date | None = None,
+    ) -> None:
         self.source, self.bos_token = source, bos_token
-        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        self._tokens = {**other_tokens, "bos_token": bos_token, "eos_token": eos_token}
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
+        environment.globals["strftime_now"] = _clock(day)
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise ChatTemplateError(f"the chat template does not compile: {error}") from error
 
     @classmethod
-    def from_directory(cls, directory: Path) -> ChatTemplate:
+    def from_directory(cls, directory: Path, *, day: date | None = None) -> ChatTemplate:
         """`chat_template.jinja` with the special tokens that `tokenizer_config.json` beside it names.
 
-        Raises FormatError (a ValueError) naming the file that is missing or not readable.
+        day: as of the class. Raises FormatError (a ValueError) naming the file that is missing or not readable.
         """
         tokens = read_json(directory / "tokenizer_config.json")
 
@@ -97,7 +121,8 @@ class ChatTemplate:
             source = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise FormatError(f"{path}: not readable: {error}") from error
-        return cls(source, bos_token=text("bos_token"), eos_token=text("eos_token"))
+        others = {key: text(key) for key in OTHER_TOKENS if text(key)}
+        return cls(source, bos_token=text("bos_token"), eos_token=text("eos_token"), other_tokens=others, day=day)
 
     @property
     def identity(self) -> str:
@@ -113,6 +138,8 @@ class ChatTemplate:
             return self._template.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
                 **self._tokens,
             )
         except (jinja2.TemplateError, TypeError) as error:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from deploy.runtime.backend import Backend
     from train.data.chat_format import ChatFormat
+    from train.data.engines.server_engine import ServerSettings
 
 
 class RuntimeEngine:
@@ -52,16 +53,22 @@ class RuntimeEngine:
             yield Completion(self._numbers.pop(number), answer.token_ids, answer.finish_reason == "eos")
 
 
-def open_engine(config: dict[str, Any], model_dir: Path, chat: ChatFormat, *, seed: int, threads: int | None) -> Engine:
-    """The engine that `generate.engine` describes, with the model of a directory. Raises ValueError as it does."""
+def open_engine(
+    config: dict[str, Any], model_dir: Path, chat: ChatFormat, *, seed: int, threads: int | None, is_on_gpu: bool
+) -> Engine:
+    """The engine that `generate.engine` describes, with the model of a directory.
+
+    is_on_gpu: whether the stage's key says that the runtime computes on a GPU. Raises ValueError as the engine does,
+    and where it does and there is none to be used.
+    """
     if config["kind"] == "runtime":
         from deploy.formats.model_dir import ModelDirectory
         from deploy.runtime.backends import open_backend
-        from deploy.runtime.devices import choose_backend
 
-        weight_bytes = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
-        chosen = choose_backend(config["device"], weight_bytes)
-        backend = open_backend(chosen, ModelDirectory.open(model_dir), threads=threads)
+        if is_on_gpu:
+            _require_gpu(config["device"], model_dir)
+        with ModelDirectory.open(model_dir) as files:
+            backend = open_backend("gpu" if is_on_gpu else "cpu", files, threads=threads)
         return RuntimeEngine(backend, chat.tokenizer, chat.end_ids, num_sequences=config["num_sequences"], seed=seed)
     if config["kind"] == "transformers":
         from compress.load import load_float32
@@ -70,8 +77,29 @@ def open_engine(config: dict[str, Any], model_dir: Path, chat: ChatFormat, *, se
         device, dtype = choose_device(config["device"])
         model = load_float32(model_dir).to(device=device, dtype=dtype)  # type: ignore[call-arg]  # a wrapped method
         return TransformersEngine(model, chat.end_ids, batch_size=config["batch_size"], seed=seed)
-    from train.data.engines.server_engine import ServerEngine, ServerSettings, check_server
+    from train.data.engines.server_engine import ServerEngine, check_server
 
-    settings = ServerSettings(**{key: value for key, value in config.items() if key != "kind"})
+    settings = server_settings(config)
     check_server(settings)
     return ServerEngine(settings, chat, seed=seed)
+
+
+def server_settings(config: dict[str, Any]) -> ServerSettings:
+    """`generate.engine` where it is a server."""
+    from train.data.engines.server_engine import ServerSettings
+
+    return ServerSettings(**{key: value for key, value in config.items() if key != "kind"})
+
+
+def _require_gpu(device: str, model_dir: Path) -> None:
+    """Raises ValueError unless a GPU takes the model: on a CPU it would write other words than the key says."""
+    from deploy.runtime.devices import DeviceError, choose_backend
+
+    weight_bytes = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
+    try:
+        choose_backend("gpu", weight_bytes)
+    except DeviceError as error:
+        raise ValueError(
+            f"generate.engine.device={device}: the data set's key says that a GPU writes it, and none can be used now"
+            f" ({error.problem}); mend that, or use generate.engine.device=cpu, which writes another data set"
+        ) from error

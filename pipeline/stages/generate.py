@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.graph import BuildContext
-from pipeline.manifest import sha256_file
+from pipeline.stages import text_sources
 
 if TYPE_CHECKING:
     from train.data.chat_format import ChatFormat
@@ -38,7 +38,7 @@ def keyed(config: dict[str, Any]) -> dict[str, Any]:
     """
     from deploy.runtime.devices import choose_backend
 
-    prompts = {key: value for key, value in config["prompts"].items() if key != "path"}
+    prompts = text_sources.keyed(config["prompts"], _source(config["prompts"]))
     engine = {key: value for key, value in config["engine"].items() if key not in UNKEYED_ENGINE_KEYS}
     if config["engine"]["kind"] == "runtime":
         device = config["engine"]["device"]
@@ -60,36 +60,39 @@ def continues(smaller: dict[str, Any], config: dict[str, Any]) -> bool:
 def packages(config: dict[str, Any]) -> tuple[str, ...]:
     """Distributions whose version enters the stage's key."""
     also = ("torch", "transformers") if config["engine"]["kind"] == "transformers" else ()
-    return ("tokenizers", "jinja2", *also)
+    return ("tokenizers", "jinja2", *also, *text_sources.packages(_source(config["prompts"])))
 
 
 def fingerprint(config: dict[str, Any]) -> dict[str, str]:
-    """The digest of the prompt file, where one is named."""
-    path = config["prompts"]["path"]
-    if not path or not Path(path).is_file():
-        return {}  # `check` says what is wrong
-    return {"generate.prompts.path": sha256_file(Path(path))}
+    """Digests of the prompt file or of the data set's files, where these lie on this machine."""
+    return text_sources.fingerprint(config["prompts"], _source(config["prompts"]), "generate.prompts")
+
+
+def _source(prompts: dict[str, Any]) -> str:
+    """What `prompts` are read from, as text_sources names it."""
+    return "file" if prompts["path"] else "dataset" if prompts["dataset"] else "none"
 
 
 def check(config: dict[str, Any]) -> None:
-    """Raises ValueError on values out of range, an unknown engine and a prompt file that cannot be used.
+    """Raises ValueError on values out of range, an engine that cannot be used and a prompt file that cannot.
 
-    A server is asked when the stage begins: until the target is quantized there is nothing that it could serve. A GPU
-    that is asked for by name must be usable.
+    A server is asked when the stage begins: until the target is quantized there is nothing that it could serve. Its
+    key must be there, and so must a device that is asked for by name.
     """
-    from deploy.runtime.devices import choose_backend
-    from pipeline.stages.generate_check import check_values
+    from pipeline.stages.generate_check import check_engine, check_values
 
     check_values(config)
-    if config["engine"]["kind"] == "runtime" and config["engine"]["device"] == "gpu":
-        choose_backend("gpu", 0)
+    check_engine(config["engine"])
     if config["prompts"]["share"] > 0 and config["prompts"]["path"]:
         _records(config)
 
 
 def build(config: dict[str, Any], threads: int | None, context: BuildContext) -> None:
-    """Generates what is missing of the data set. config: the whole of `generate`. inputs: target, and as `model` the
-    artifact whose model writes."""
+    """Generates what is missing of the data set.
+
+    config: the whole of `generate`; the context's is what `keyed` made of it. inputs: target, and as `model` the
+    artifact whose model writes.
+    """
     from deploy.formats.model_dir import ModelDirectory
     from pipeline.stages.engines import open_engine
     from train.data.chat_format import ChatFormat
@@ -108,7 +111,8 @@ def build(config: dict[str, Any], threads: int | None, context: BuildContext) ->
     openings = Openings(_records(config), config["prompts"]["share"], context.seed)
     shards = ShardDirectory(context.out)
     num_missing = max(config["num_tokens"] - shards.num_tokens(), 0)
-    engine = open_engine(config["engine"], model_dir, chat, seed=context.seed, threads=threads)
+    is_on_gpu = context.config["engine"].get("device") == "gpu"  # as `keyed` found it, whatever is free by now
+    engine = open_engine(config["engine"], model_dir, chat, seed=context.seed, threads=threads, is_on_gpu=is_on_gpu)
     with context.progress(num_missing, f"conversations by {config['engine']['kind']}", "tokens") as bar:
         meter = _Meter(context)
 

@@ -1,4 +1,4 @@
-"""What the values of `generate` may be; every mistake is named by key, value and remedy before any work."""
+"""What `generate` may ask for; every mistake is named by key, value and remedy before any work."""
 
 from __future__ import annotations
 
@@ -61,6 +61,25 @@ def check_values(config: dict[str, Any]) -> None:
     for key, allowed in _ENGINE_RANGES[kind].items():
         _check(f"generate.engine.{key}", config["engine"][key], allowed)
     _check_prompts(config["prompts"])
+
+
+def check_engine(engine: dict[str, Any]) -> None:
+    """Raises ValueError for a device asked for by name that is not usable, and for a server's key that is not set."""
+    if engine["kind"] == "runtime" and engine["device"] == "gpu":
+        from deploy.runtime.devices import DeviceError, choose_backend
+
+        try:
+            choose_backend("gpu", 0)
+        except DeviceError as error:
+            raise ValueError(f"generate.engine.device=gpu cannot be used ({error.problem}); use auto or cpu") from error
+    elif engine["kind"] == "transformers" and engine["device"] not in ("auto", "cpu"):
+        from train.data.engines.transformers_engine import choose_device
+
+        choose_device(engine["device"])
+    elif engine["kind"] == "server":
+        from pipeline.stages.engines import server_settings
+
+        server_settings(engine).headers()
 
 
 def _check_prompts(prompts: dict[str, Any]) -> None:

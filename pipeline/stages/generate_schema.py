@@ -86,7 +86,11 @@ class GenerateConfig:
 
     num_tokens: that the target writes in all. num_heldout: conversations, of which `heldout_greedy_share` are greedy.
     max_tokens: of one response. stop_loops: whether one that goes round in circles ends there. num_turns: user turns,
-    where a conversation can be continued. shard_size: conversations begun in one file, what a killed run may lose.
+    where a conversation can be continued. shard_size: conversations begun in one file.
+
+    A killed run keeps whole shards and loses those under way. `transformers` has one at a time. `runtime` and `server`
+    begin another while no more than num_sequences (concurrency) conversations are under way: at first that number /
+    shard_size + 1 of them, and more where long conversations hold earlier shards open.
     """
 
     writer: Writer = MISSING

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from deploy.formats.chat import TURN_MARKER, ChatTemplate, around_user_turn
+from deploy.formats.chat import FIXED_DAY, TURN_MARKER, ChatTemplate, around_user_turn
 
 Message = Mapping[str, str]
 
@@ -29,13 +29,16 @@ class ChatFormat:
 
     @classmethod
     def open(cls, directory: Path, end_ids: Iterable[int]) -> ChatFormat:
-        """From tokenizer.json, tokenizer_config.json and chat_template.jinja. Raises ValueError naming a bad file."""
+        """From tokenizer.json, tokenizer_config.json and chat_template.jinja, on `FIXED_DAY`.
+
+        Raises ValueError naming a bad file.
+        """
         path = directory / "tokenizer.json"
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises plain Exception
             raise ValueError(f"{path}: does not load: {error}") from error
-        return cls(tokenizer, ChatTemplate.from_directory(directory), end_ids)
+        return cls(tokenizer, ChatTemplate.from_directory(directory, day=FIXED_DAY), end_ids)
 
     @property
     def has_user_header(self) -> bool:

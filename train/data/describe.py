@@ -33,10 +33,7 @@ def describe(directory: Path) -> dict[str, Any]:
             conversations=1, tokens=len(found.token_ids), written_tokens=found.num_written, turns=len(found.spans)
         )
     if not splits["train"]:
-        raise ValueError(
-            f"generate: all {splits['heldout']['conversations']} conversations are held out and none is left to train"
-            " on; raise generate.num_tokens, lower generate.num_heldout or give more prompts"
-        )
+        raise ValueError(f"generate: {_why_nothing_is_left(splits['heldout']['conversations'], lost)}")
     return {
         "splits": {split: dict(counts) for split, counts in splits.items()},
         "conversations_by_temperature": {split: dict(sorted(counts.items())) for split, counts in temperatures.items()},
@@ -44,6 +41,21 @@ def describe(directory: Path) -> dict[str, Any]:
         "notes": dict(sorted(notes.items())),
         "lost": dict(sorted(lost.items())),
     }
+
+
+def _why_nothing_is_left(num_heldout: int, lost: Counter[str]) -> str:
+    """What is wrong with a data set without training conversations, and the remedy."""
+    if num_heldout:
+        return (
+            f"all {num_heldout} conversations are held out and none is left to train on; raise generate.num_tokens,"
+            " lower generate.num_heldout or give more prompts"
+        )
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in lost.most_common())
+    return (
+        f"none of {lost.total()} prompts became a conversation ({reasons}); raise generate.self_written.max_tokens"
+        " where they did not end, lower generate.max_tokens where they are too long, or give others"
+        " (generate=prompts generate.prompts.path=FILE)"
+    )
 
 
 def sample_text(directory: Path, chat: ChatFormat) -> str:

@@ -95,7 +95,7 @@ def converse(
             break
         messages.append({"role": "user", "content": turn.text})
         prompt = chat.prompt_ids(messages)
-        note = _why_not_continued(recipe, prompt, tokens)
+        note = _why_not_continued(recipe, prompt, tokens, recipe.max_tokens)
         if note:
             break
     conversation = Conversation(np.array(tokens, dtype=np.int32), tuple(spans), temperature, index)
@@ -123,7 +123,8 @@ def _further_turn(
         number = len(messages) // 2 - 1
         return _UserTurn(opening.later[number] if number < len(opening.later) else "", 0, "")
     prefix = chat.user_prefix_ids(messages)
-    note = _why_not_continued(recipe, prefix, tokens)
+    budget = max(recipe.self_written.max_tokens, recipe.max_tokens)  # a turn that leaves no room to answer is none
+    note = _why_not_continued(recipe, prefix, tokens, budget)
     if note:
         return _UserTurn("", 0, note)
     completion = yield _self_written(recipe, index, prefix, sample_index=RESPONSES + index, continues_turns=True)
@@ -131,15 +132,15 @@ def _further_turn(
     return _UserTurn(text, len(completion.token_ids), "" if text else "no further prompt")
 
 
-def _why_not_continued(recipe: Recipe, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> str:
-    """Why a prompt cannot follow `tokens`, "" where it can.
+def _why_not_continued(recipe: Recipe, prompt: tuple[int, ...], tokens: tuple[int, ...], max_tokens: int) -> str:
+    """Why a prompt, and up to `max_tokens` behind it, cannot follow `tokens`; "" where it can.
 
     The target sees a conversation as the template writes it anew for each turn. Where its earlier turns are then other
     tokens than those that were sampled, what was learnt from the sampled ones would not be what is served.
     """
     if prompt[: len(tokens)] != tokens:
         return "turns re-rendered"
-    return "context full" if len(prompt) + recipe.max_tokens > recipe.context_length else ""
+    return "context full" if len(prompt) + max_tokens > recipe.context_length else ""
 
 
 def _self_written(

@@ -67,6 +67,14 @@ def _record(value: Any, where: str) -> PromptRecord:
     turns = [value] if isinstance(value, str) else value
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise ValueError(f'{where}: needs a "prompt" text or a list of "turns", none of them empty')
+    for turn in turns:
+        try:
+            turn.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}: holds {turn[error.start]!a}, half of a surrogate pair and no character; write both"
+                " halves, or leave it out"
+            ) from error
     return PromptRecord(tuple(turns))
 
 

@@ -1,3 +1,5 @@
+from datetime import date
+
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -19,6 +21,7 @@ SOURCES = {
     "loop controls": "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
     "json": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}",
     "tokens": "{{ bos_token }}{{ messages[0].content | trim }}{{ eos_token }}",
+    "tools": "{% if tools is not none or documents is not none %}more {% endif %}{{ messages[1].content }}",
     "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
 }
@@ -58,6 +61,22 @@ def test_a_source_that_does_not_compile_is_refused():
 
 def test_the_date_can_be_asked_for():
     assert ChatTemplate("{{ strftime_now('%Y') }}").render([], add_generation_prompt=False).startswith("2")
+
+
+def test_a_fixed_day_is_the_date_whatever_the_present_one_is(tmp_path):
+    source, day = "{{ strftime_now('%d %b %Y %H:%M') }}", date(1999, 12, 31)
+    assert ChatTemplate(source, day=day).render([], add_generation_prompt=False) == "31 Dec 1999 00:00"
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "chat_template.jinja").write_text(source)
+    found = ChatTemplate.from_directory(tmp_path, day=day)
+    assert found.render([], add_generation_prompt=False) == "31 Dec 1999 00:00"
+
+
+def test_special_tokens_that_the_tokenizer_names_can_be_written(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"unk_token": {"content": "<unk>"}, "pad_token": null}')
+    (tmp_path / "chat_template.jinja").write_text("{{ unk_token }}|{{ pad_token is defined }}|{{ eos_token }}")
+    found = ChatTemplate.from_directory(tmp_path)
+    assert found.render([], add_generation_prompt=False) == "<unk>|False|"
 
 
 def test_the_identity_is_the_sources():

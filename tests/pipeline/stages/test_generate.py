@@ -23,6 +23,7 @@ from deploy.formats.architectures import ModelShape, linear_layers, other_tensor
 from deploy.formats.model_dir import ModelDirectory
 from deploy.formats.safetensors_file import write_safetensors
 from deploy.runtime.cpu_backend import CpuBackend
+from deploy.runtime.devices import DeviceError
 from deploy.runtime.generation import GenerationOptions, Request
 from deploy.runtime.sampling import SamplingParams
 from deploy.runtime.scheduler import Scheduler
@@ -204,6 +205,25 @@ def test_a_data_set_with_another_setting_is_not_continued(
     generate(tmp_path, num_tokens=800, top_p=0.9)
     generate(tmp_path, num_tokens=600)
     assert "continues" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("keyed", "found"), [("cpu", "gpu"), ("gpu", "cpu")])
+def test_what_device_writes_is_decided_when_the_key_is_made(
+    generate: Generate, whole: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keyed: str, found: str
+) -> None:
+    """By the time the engine is opened a GPU may be free that was not, or the other way round."""
+
+    def choose(name: str, weight_bytes: int) -> str:
+        if weight_bytes and name == "gpu" != found:
+            raise DeviceError("another program has it")
+        return found if weight_bytes else keyed
+
+    monkeypatch.setattr("deploy.runtime.devices.choose_backend", choose)
+    if keyed == "cpu":
+        assert contents(generate(tmp_path, engine={"device": "auto"}).artifact.path) == contents(whole.artifact.path)
+    else:
+        with pytest.raises(ValueError, match=r"key says that a GPU writes it, .* \(another program has it\)"):
+            generate(tmp_path, engine={"device": "auto"})
 
 
 def test_transformers_writes_a_data_set_too(generate: Generate, tmp_path: Path) -> None:

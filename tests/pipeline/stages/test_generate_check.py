@@ -97,6 +97,7 @@ def test_two_sources_of_prompts_are_refused(composed: Any) -> None:
         (None, r"generate\.prompts\.path=.*p\.jsonl is not a file"),
         ("", r"p\.jsonl is empty"),
         ('{"prompt": "a"}\n{"turn": "b"}\n', r"p\.jsonl, line 2: needs a"),
+        ('{"prompt": "a \\ud83d"}\n', r"p\.jsonl, line 1: holds '\\ud83d', half of a surrogate pair"),
     ],
 )
 def test_a_prompt_file_is_read_before_any_work(
@@ -132,6 +133,30 @@ def test_what_changes_no_byte_is_no_key(composed: Any, tmp_path: Path) -> None:
     assert generate.keyed(servers[0]) != generate.keyed(composed(*SERVER, "generate.engine.model=n"))
 
 
+def test_a_data_set_in_a_directory_is_keyed_by_its_files(composed: Any, tmp_path: Path) -> None:
+    def written(directory: Path, prompt: str) -> Any:
+        (directory / "data").mkdir(parents=True)
+        (directory / ".cache").mkdir()
+        (directory / "README.md").write_text("questions")
+        (directory / "data" / "train.jsonl").write_text(f'{{"prompt": "{prompt}"}}')
+        (directory / ".cache" / "note").write_text(str(directory))
+        return composed("generate=prompts", f"generate.prompts.dataset={directory}")
+
+    first, moved, other = (written(tmp_path / name, prompt) for name, prompt in (("a", "x"), ("b", "x"), ("c", "y")))
+    assert sorted(generate.fingerprint(first)) == [
+        "generate.prompts.dataset/README.md",
+        "generate.prompts.dataset/data/train.jsonl",
+    ]
+    assert generate.fingerprint(first) == generate.fingerprint(moved)
+    assert generate.keyed(first) == generate.keyed(moved)
+    assert generate.fingerprint(first) != generate.fingerprint(other)
+    assert "datasets" in generate.packages(first)
+    assert "datasets" not in generate.packages(composed())
+    on_hub = composed("generate=prompts", "generate.prompts.dataset=someone/questions")
+    assert generate.fingerprint(on_hub) == {}
+    assert generate.keyed(on_hub)["prompts"]["dataset"] == "someone/questions"
+
+
 @pytest.mark.parametrize("chosen", ["cpu", "gpu"])
 def test_the_runtimes_device_is_a_key_where_it_is_a_gpu(
     composed: Any, monkeypatch: pytest.MonkeyPatch, chosen: str
@@ -148,8 +173,32 @@ def test_the_runtimes_device_is_a_key_where_it_is_a_gpu(
 def test_a_gpu_asked_for_by_name_must_be_there(composed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deploy.runtime.devices.find_driver", lambda: None)
     generate.check(composed("generate.engine.device=auto"))
-    with pytest.raises(ValueError, match="there is no NVIDIA driver"):
+    with pytest.raises(
+        ValueError, match=r"generate\.engine\.device=gpu cannot be used \(there is no NVIDIA driver.*cpu$"
+    ):
         generate.check(composed("generate.engine.device=gpu"))
+
+
+def test_a_device_of_transformers_asked_for_by_name_must_be_there(
+    composed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_cuda(*_sizes: Any, device: Any) -> None:
+        raise RuntimeError(f"no {device}")
+
+    monkeypatch.setattr("torch.empty", no_cuda)
+    generate.check(composed("generate/engine=transformers"))
+    with pytest.raises(
+        ValueError, match=r"generate\.engine\.device=cuda:1 cannot be used \(no cuda:1\); use auto, cpu"
+    ):
+        generate.check(composed("generate/engine=transformers", "generate.engine.device=cuda:1"))
+
+
+def test_a_servers_key_must_be_set(composed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    keyed = (*SERVER, "generate.engine.api_key_variable=A_SERVERS_KEY")
+    with pytest.raises(ValueError, match=r"generate\.engine\.api_key_variable=A_SERVERS_KEY is not set; export it"):
+        generate.check(composed(*keyed))
+    monkeypatch.setenv("A_SERVERS_KEY", "abc")
+    generate.check(composed(*keyed))
 
 
 def test_the_key_leaves_the_configuration_as_it_was(composed: Any) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from deploy.formats.chat import FIXED_DAY
 from train.data.chat_format import ChatFormat
 
 MISTRAL = (
@@ -65,3 +67,22 @@ def test_files_that_are_missing_or_broken_are_named(tools: Any, tmp_path: Path) 
     opened = ChatFormat.open(tmp_path, [2])
     assert opened.prompt_ids([USER]) == tools.chat().prompt_ids([USER])
     assert opened.template.identity == tools.chat().template.identity
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day(
+    tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools.tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "chat_template.jinja").write_text("Today: {{ strftime_now('%d %b %Y') }}\n" + tools.CHATML)
+
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return cls(2199, 1, 2)
+
+    today = ChatFormat.open(tmp_path, [2]).prompt_ids([USER])
+    monkeypatch.setattr("deploy.formats.chat.datetime", Tomorrow)
+    chat = ChatFormat.open(tmp_path, [2])
+    assert chat.prompt_ids([USER]) == today
+    assert chat.text(today).startswith(f"Today: {FIXED_DAY:%d %b %Y}\n")

@@ -162,3 +162,19 @@ def test_what_does_not_fit_the_context_is_not_begun_or_not_continued(tools: Any)
     _, kept = tools.answered(steps, ["one"])
     assert isinstance(kept, Kept)
     assert kept.notes == ("context full",)
+
+
+def test_a_further_prompt_is_asked_for_only_where_it_and_an_answer_fit(tools: Any) -> None:
+    chat = tools.chat()
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "one"}]
+    prefix = len(chat.user_prefix_ids(messages))
+    for self_written in (20, 60):  # fewer tokens than an answer's 24, and more
+        budget, rule = max(self_written, 24), SelfWritten(self_written, 0.8, 0.9)
+        recipe = tools.recipe(num_turns=2, self_written=rule, context_length=prefix + budget)
+        requests, kept = tools.answered(converse(chat, recipe, 9, 6, OWN), ["one", (9, 9)])
+        assert [len(request.prompt) for request in requests[1:]] == [prefix]
+        assert kept.notes == ("no further prompt",)
+        recipe = tools.recipe(num_turns=2, self_written=rule, context_length=prefix + budget - 1)
+        _, kept = tools.answered(converse(chat, recipe, 9, 6, OWN), ["one"])
+        assert kept.notes == ("context full",)
+        assert kept.num_prompt_tokens == 7

@@ -154,6 +154,19 @@ def test_without_batch_invariance_only_one_shards_requests_are_in_flight(
     assert numbers == sorted(numbers)
 
 
+@pytest.mark.parametrize(("is_batch_invariant", "shards"), [(True, {0, 1, 2}), (False, {0})])
+def test_a_killed_run_loses_as_many_shards_as_keep_the_engine_busy(
+    tools: Any, tmp_path: Path, is_batch_invariant: bool, shards: set[int]
+) -> None:
+    """generate.shard_size: at first capacity / shard_size + 1 of them, here 9 / 4 + 1."""
+    chat, named = tools.chat(), {"capacity": 9, "is_batch_invariant": is_batch_invariant, "fails_after": 0}
+    engine = tools.RuleEngine(tools.babble, chat.tokenizer, **named)
+    out = ShardDirectory(tmp_path)
+    with pytest.raises(InterruptedError):
+        DataGenerator(chat, tools.recipe(num_tokens=4000), Openings([], 0.0, 0), engine, out, lambda count: None).run()
+    assert {request.number // 4 for request in engine.asked} == shards
+
+
 def test_enough_is_waiting_to_fill_the_engine_and_little_is_begun_in_vain(
     generate: Generate, tools: Any, tmp_path: Path
 ) -> None:

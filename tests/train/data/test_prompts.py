@@ -34,6 +34,7 @@ def test_prompts_and_turns_are_read(tmp_path: Path) -> None:
         ('{"turns": []}', r"line 1: needs a"),
         ('{"turns": ["a", 3]}', r"line 1: needs a"),
         ("[" * 100_000, r"line 1: not JSON"),
+        ('{"prompt": "a"}\n{"turns": ["b", "c \\ud83d"]}', r"line 2: holds '\\ud83d', half of a surrogate pair"),
     ],
 )
 def test_a_bad_file_is_refused_with_key_path_and_line(tmp_path: Path, content: str | bytes, message: str) -> None:
@@ -44,6 +45,11 @@ def test_a_bad_file_is_refused_with_key_path_and_line(tmp_path: Path, content: s
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"p\.jsonl is not a file; name a \.jsonl file"):
         read_prompt_file(tmp_path / "p.jsonl", KEY)
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path: Path) -> None:
+    found = read_prompt_file(written(tmp_path / "p.jsonl", '{"prompt": "\\ud83d\\ude00"}'), KEY)
+    assert found == [PromptRecord(("\N{GRINNING FACE}",))]
 
 
 def test_a_data_set_of_texts_or_turns_is_read(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ class Request:
     """Token ids to continue.
 
     number: the caller's, unique among the requests in flight; comes back with the completion. sample_index: keys the
-    noise together with the engine's seed, so that no two samples share theirs. continues_turns: earlier turns of the
-    same conversation were just generated, so that an engine which still has them cached should take it first.
-    stops_loops: what follows a loop is not wanted (train/data/loops.py); an engine that can stops there.
+    noise together with the engine's seed and the position, so that no two samples share theirs. continues_turns:
+    earlier turns of the same conversation were just generated, so that an engine which still has them cached should
+    take it first. stops_loops: what follows a loop is not wanted (train/data/loops.py); an engine that can stops there.
     """
 
     number: int
@@ -37,7 +37,11 @@ class Completion:
 
 
 class Engine(Protocol):
-    """Samples from one model. Which noise a request gets hangs on the engine's seed and the request's sample_index."""
+    """Samples from one model.
+
+    Which noise a request gets hangs on the engine's seed, the request's sample_index and the position: turns of one
+    conversation share the first two.
+    """
 
     @property
     def capacity(self) -> int:

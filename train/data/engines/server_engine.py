@@ -7,6 +7,7 @@ as ids where the server gives them (vLLM: return_token_ids), else its text is to
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 from collections import deque
 from collections.abc import Generator
@@ -89,8 +90,9 @@ class ServerEngine:
     def completions(self) -> Generator[Completion, None, None]:
         """Completions as they come. Raises ValueError when one request has failed more often than may be."""
         with asyncio.Runner() as runner:
-            client = httpx.AsyncClient(headers=self._settings.headers(), timeout=self._settings.timeout_seconds)
+            client = self._client()
             asked: set[asyncio.Task[Completion]] = set()
+            done: set[asyncio.Task[Completion]] = set()
             try:
                 while self._waiting or asked:
                     while self._waiting and len(asked) < self.capacity:
@@ -100,7 +102,13 @@ class ServerEngine:
                         yield task.result()
             finally:
                 self._waiting.clear()
-                runner.run(_abandon(asked, client))
+                runner.run(_abandon(done | asked, client))
+
+    def _client(self) -> httpx.AsyncClient:
+        """With a connection for each request: httpx's own limit is 100, and what waits for one times out."""
+        settings = self._settings
+        limits = httpx.Limits(max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency)
+        return httpx.AsyncClient(headers=settings.headers(), timeout=settings.timeout_seconds, limits=limits)
 
     async def _complete(self, client: httpx.AsyncClient, request: Request) -> Completion:
         body = {
@@ -109,7 +117,8 @@ class ServerEngine:
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
             "top_p": request.top_p,
-            "seed": (self._seed * 1_000_003 + request.sample_index) % (1 << 63),
+            "seed": _request_seed(self._seed, request),
+            "stop_token_ids": sorted(self._chat.end_ids),
             "return_token_ids": True,
         }
         answer = await self._post(client, body)
@@ -143,15 +152,26 @@ class ServerEngine:
         )
 
     def _completion(self, request: Request, choice: dict[str, Any]) -> Completion:
-        """Token ids of an answer, the end token included where the server leaves it out."""
-        is_ended = choice["finish_reason"] == "stop"
+        """Token ids of an answer up to its first end token, which is added where the server leaves it out.
+
+        A server that does not know `stop_token_ids` writes on behind one that is not its own.
+        """
         given = choice.get("token_ids")
         if given is None:
             given = self._chat.tokenizer.encode(choice["text"], add_special_tokens=False).ids
-        ids = [int(token) for token in given]
-        if is_ended and (not ids or ids[-1] not in self._chat.end_ids):
-            ids.append(self._chat.answer_end_id)
-        return Completion(request.number, tuple(ids), is_ended)
+        ids = tuple(int(token) for token in given)
+        end = next((place for place, token in enumerate(ids) if token in self._chat.end_ids), None)
+        if end is not None:
+            return Completion(request.number, ids[: end + 1], is_ended=True)
+        if choice["finish_reason"] == "stop":
+            return Completion(request.number, (*ids, self._chat.answer_end_id), is_ended=True)
+        return Completion(request.number, ids, is_ended=False)
+
+
+def _request_seed(seed: int, request: Request) -> int:
+    """63 bits. A server's noise begins anew with each request, so the prompt's length stands for the position."""
+    text = f"{seed}/{request.sample_index}/{len(request.prompt)}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 async def _first_done(
@@ -161,6 +181,7 @@ async def _first_done(
 
 
 async def _abandon(tasks: set[asyncio.Task[Completion]], client: httpx.AsyncClient) -> None:
+    """Cancel what is under way, and look at what has failed: a failure that nobody looks at is printed at exit."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

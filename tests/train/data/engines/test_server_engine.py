@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import hashlib
 import json
 import threading
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from train.data.engines.base import Request
+from train.data.engines.base import Completion, Request
 from train.data.engines.server_engine import ServerEngine, ServerSettings, check_server
 from train.data.generation import DataGenerator
 from train.data.prompts import Openings
@@ -27,12 +29,14 @@ class Server:
     """OpenAI's completions over a rule. fails: called with each request's body; a status to answer with, or None.
 
     dies_after: answers, after which it goes down for good. has_ids: whether it gives token ids beside the text.
+    gate: passed before an answer, where there is one.
     """
 
     fails: Callable[[dict[str, Any]], int | None] = lambda body: None
     dies_after: int | None = None
     has_ids: bool = True
     seconds: float = 0.0
+    gate: threading.Barrier | None = None
     num_answered: int = 0
     now: int = 0
     most: int = 0
@@ -68,6 +72,8 @@ class Server:
                     state.seen.append(body)
                     state.headers.append(self.headers.get("Authorization"))
                 time.sleep(state.seconds)
+                if state.gate is not None:
+                    state.gate.wait()
                 with state.lock:
                     state.now -= 1
                     is_dead = state.dies_after is not None and state.num_answered >= state.dies_after
@@ -81,8 +87,11 @@ class Server:
                 else:
                     self.answer(200, {"choices": [state.choice(body)]})
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
+        class ManyAtOnce(ThreadingHTTPServer):
+            request_queue_size = 256
+            daemon_threads = True
+
+        self.http = ManyAtOnce(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
@@ -162,6 +171,46 @@ def test_text_is_tokenized_and_ended_where_the_server_gives_no_ids(serve: Any, t
         assert found[body["prompt"][2] - 10] == ((*ids, 2) if choice["finish_reason"] == "stop" else ids)
 
 
+def completed(engine: ServerEngine, asked: Request) -> Completion:
+    engine.submit(asked)
+    (found,) = engine.completions()
+    return found
+
+
+@pytest.mark.parametrize("has_ids", [True, False])
+@pytest.mark.parametrize("finish_reason", ["stop", "length"])
+def test_nothing_behind_an_end_token_is_part_of_an_answer(
+    serve: Any, tools: Any, monkeypatch: pytest.MonkeyPatch, finish_reason: str, has_ids: bool
+) -> None:
+    """Servers stop at the ends that they know, and may write on behind the template's own."""
+    server, chat = serve(), tools.chat(end_ids=(2, 0))
+    ids = chat.tokenizer.encode("yes<|im_end|>and on<|im_end|>").ids
+    text = chat.tokenizer.decode(ids, skip_special_tokens=False)
+    answer = {"text": text, "finish_reason": finish_reason} | ({"token_ids": ids} if has_ids else {})
+    monkeypatch.setattr(server, "choice", lambda body: answer)
+    found = completed(ServerEngine(settings(server.url), chat, seed=0), request(3))
+    assert found == Completion(3, tuple(chat.tokenizer.encode("yes<|im_end|>").ids), is_ended=True)
+    assert server.seen[0]["stop_token_ids"] == [0, 2]
+
+
+def test_turns_of_a_conversation_do_not_share_their_seed(serve: Any, tools: Any) -> None:
+    server = serve()
+    first, later = request(0, sample_index=7), Request(0, (1, 9, 10, 11, 12), 24, 0.7, 0.9, sample_index=7)
+    for seed, asked in ((0, first), (0, later), (0, first), (1, first)):
+        completed(ServerEngine(settings(server.url), tools.chat(), seed=seed), asked)
+    seeds = [body["seed"] for body in server.seen]
+    assert seeds[0] == seeds[2]
+    assert len(set(seeds)) == 3
+    assert all(0 <= seed < 1 << 63 for seed in seeds)
+
+
+def test_more_than_a_hundred_requests_are_in_flight_where_the_concurrency_says_so(serve: Any, tools: Any) -> None:
+    server = serve(gate=threading.Barrier(110, timeout=10))
+    engine = ServerEngine(settings(server.url, concurrency=110, timeout_seconds=30.0), tools.chat(), seed=0)
+    assert len(ask(engine, 110)) == 110
+    assert server.most == 110
+
+
 def test_no_more_requests_are_in_flight_than_the_concurrency(serve: Any, tools: Any) -> None:
     server = serve(seconds=0.02)
     ask(ServerEngine(settings(server.url, concurrency=3), tools.chat(), seed=0), 20)
@@ -196,6 +245,22 @@ def test_a_request_that_is_refused_is_not_repeated(serve: Any, tools: Any) -> No
     with pytest.raises(ValueError, match=r"refuses a request \(status 400"):
         ask(ServerEngine(settings(server.url), tools.chat(), seed=0), 1)
     assert len(server.seen) == 1
+
+
+def test_requests_that_fail_together_fail_as_one(
+    tools: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """asyncio complains of every failure that nobody looked at, when its task is forgotten."""
+
+    async def refuse(*_arguments: Any) -> None:
+        await asyncio.sleep(0)
+        raise ValueError("refuses a request")
+
+    monkeypatch.setattr(ServerEngine, "_post", refuse)
+    with pytest.raises(ValueError, match="refuses a request"):
+        ask(ServerEngine(settings("http://127.0.0.1:9/v1"), tools.chat(), seed=0), 4)
+    gc.collect()
+    assert caplog.messages == []
 
 
 def test_an_answer_of_another_form_is_refused(serve: Any, tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
