@@ -24,7 +24,8 @@ LOSSY_REGRID = "no 4-bit grid in the file, to int8 groups of 32"
 def keep(file: GgufFile, layer_names: Iterable[str], num_layers: int) -> QuantizedLayers:
     """The file's own grid for every linear layer: 4-bit types code for code, Q8_0 too, other types to int8.
 
-    layer_names: Hugging Face module names. Layers in full precision are left out (they stay as they are).
+    layer_names: Hugging Face module names. Layers in full precision are left out: like the embedding, whatever its
+    type, they are written in bfloat16 (compress/write.py), to which F16, F32 and a Q8_0 embedding are rounded.
     5- and 6-bit types have no form here that holds them exactly; they are rounded to int8 and counted as a fallback.
     """
     names = hugging_face_names(file, num_layers)

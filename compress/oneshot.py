@@ -11,6 +11,7 @@ from typing import Literal
 
 from llmcompressor.modifiers.quantization import QuantizationModifier
 
+from compress.errors import SettingError
 from compress.grids import QuantizedLayers, WeightGrid
 from compress.recipes import IGNORED, CountingGPTQ, load_model, read_grids, run_recipe, weight_scheme
 
@@ -32,7 +33,7 @@ def gptq(
 
     samples: calibration token ids. observer: llmcompressor's rule for the grid's range. dampening: fraction of the
     Hessian's mean diagonal. on_layers: called with the number of layers just done.
-    Raises ValueError when a Hessian is singular and on_singular is "error".
+    Raises SettingError when a Hessian is singular and on_singular is "error".
     """
     recipe = CountingGPTQ(
         config_groups={"group_0": weight_scheme(grid, observer)},
@@ -53,12 +54,12 @@ def rtn(model_dir: Path, grid: WeightGrid, *, observer: str) -> QuantizedLayers:
 
 
 def counted_fallbacks(fallen_back: list[str], on_singular: SingularPolicy) -> dict[str, list[str]]:
-    """Policy name → the layers that fell back. Raises ValueError when there are any and the policy is "error"."""
+    """Policy name → the layers that fell back. Raises SettingError when there are any and the policy is "error"."""
     if not fallen_back:
         return {}
     if on_singular == "error":
-        raise ValueError(
-            f"quantize.on_singular=error: {len(fallen_back)} layers have a singular Hessian ({fallen_back[0]}, …);"
-            " calibrate on more samples, raise quantize.dampening, or choose on_singular=rtn"
+        raise SettingError(
+            f"on_singular=error: {len(fallen_back)} layers have a singular Hessian ({fallen_back[0]}, …); calibrate on"
+            " more samples, raise dampening, or choose on_singular=rtn"
         )
     return {"singular Hessian, rounded to nearest": fallen_back}

@@ -1,11 +1,13 @@
 """Recipes of llmcompressor: running one over a model, and reading what it left behind.
 
 The library's session is global and its recipes are copied, so this is the only place that touches either. Scales are
-rounded to bfloat16 *before* the codes are chosen, so that the file holds exactly what was optimised.
+rounded to bfloat16 *before* the codes are chosen, so that the file holds exactly what was optimised. Everything runs on
+the CPU, whatever the machine has: an accelerator would give other bits, and no key names the device.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,12 +21,15 @@ from llmcompressor import oneshot
 from llmcompressor.core import State, reset_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.pipelines.data_free import pipeline as data_free
+from llmcompressor.pipelines.sequential import pipeline as sequential
 from loguru import logger as library_logger
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compress.grids import WeightGrid
 from deploy.formats.packed import GroupedInt
 
+CPU = torch.device("cpu")
 IGNORED = ["lm_head", "re:.*embed_tokens"]
 RARE = 1e-6
 """Diagonal, as a share of the Hessian's mean, that an input gets which calibration never saw but that may occur."""
@@ -49,7 +54,7 @@ class CountingGPTQ(GPTQModifier):
                 diagonal = self._hessians[module].diagonal()
                 diagonal[diagonal == 0] = RARE * diagonal.mean()
             num_samples = self._num_samples[module].clone()
-            extremes = observer.min_vals, observer.max_vals
+            statistics = observer.get_statistics()  # which the observer deletes when it gives its parameters
             try:
                 super().compress_module_list([module])
             except torch.linalg.LinAlgError:
@@ -57,7 +62,8 @@ class CountingGPTQ(GPTQModifier):
                 # identity nothing is passed on from column to column, which is rounding to nearest.
                 self._hessians[module] = torch.eye(module.get_parameter("weight").shape[1])
                 self._num_samples[module] = num_samples
-                observer.min_vals, observer.max_vals = extremes
+                for name, value in statistics.items():
+                    setattr(observer, name, value)
                 super().compress_module_list([module])
                 self._rtn_fallback_module_names.append(self._module_names[module])
             _on_layers(1)
@@ -121,11 +127,24 @@ def run_recipe(
         }
     try:
         # Its bar is shown even where TQDM_DISABLE asks for none; ours says more.
-        with patch.object(apply, "tqdm", lambda items, **_bar: items):
+        with patch.object(apply, "tqdm", lambda items, **_bar: items), on_cpu():
             oneshot(model=model, recipe=[modifier], **arguments)
     finally:
         reset_session()
     return list(_fallen_back)
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Within it, the library's pipelines leave a model on the CPU.
+
+    Otherwise they set the machine's accelerator as the device on which every parameter is read, then and later.
+    """
+    with (
+        patch.object(data_free, "get_main_device", lambda: CPU),
+        patch.object(sequential, "get_main_device", lambda: CPU),
+    ):
+        yield
 
 
 def read_grids(model: PreTrainedModel) -> dict[str, GroupedInt]:

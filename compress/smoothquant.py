@@ -56,7 +56,7 @@ def smoothquant(
     samples: calibration token ids. alphas: to choose from, by KL(target ‖ model) on `choice_samples`, on which these
     candidates are also calibrated, with weights rounded to nearest; no choice is made among one. on_layers: called with
     the number of layers that GPTQ just did.
-    Raises ValueError when a Hessian is singular and rule.on_singular is "error".
+    Raises SettingError when a Hessian is singular and rule.on_singular is "error".
     """
     candidates = alphas if len(alphas) > 1 else []
     divergences = {alpha: _divergence(model_dir, choice_samples, rule, alpha) for alpha in candidates}

@@ -153,8 +153,6 @@ def write_free_texts(
 
 
 def sampling_dtype() -> torch.dtype:
-    """bfloat16 where the machine multiplies it natively (sampling then takes a third of the time), else float32."""
-    if torch.cuda.is_available():
-        return torch.bfloat16
+    """bfloat16 where this CPU multiplies it natively (sampling then takes a third of the time), else float32."""
     is_native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if is_native else torch.float32

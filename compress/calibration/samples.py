@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from compress.errors import SettingError
+
 SPLITS = ("calibration", "heldout")
 
 
@@ -27,7 +29,7 @@ def write_samples(path: Path, samples: Iterable[Sample], decode: Callable[[list[
 
 
 def read_samples(path: Path, split: str, groups: Iterable[str] | None = None) -> list[Sample]:
-    """The samples of one split; of all groups, or of those named. Raises ValueError when a group has none."""
+    """The samples of one split; of all groups, or of those named. Raises SettingError when a group has none."""
     found = []
     with path.open(encoding="utf-8") as stream:
         for line in stream:
@@ -39,8 +41,8 @@ def read_samples(path: Path, split: str, groups: Iterable[str] | None = None) ->
     wanted, present = list(groups), {sample.group for sample in found}
     missing = [group for group in wanted if group not in present]
     if missing:
-        raise ValueError(
-            f"quantize.calibration={wanted}: calibrate made no {', '.join(missing)} samples (there are:"
+        raise SettingError(
+            f"calibration={wanted}: calibrate made no {', '.join(missing)} samples (there are:"
             f" {', '.join(sorted(present)) or 'none'}); choose among these or set calibrate accordingly"
         )
     return [sample for sample in found if sample.group in wanted]
@@ -49,12 +51,12 @@ def read_samples(path: Path, split: str, groups: Iterable[str] | None = None) ->
 def spread(samples: list[Sample], num_samples: int | None) -> list[Sample]:
     """The first `num_samples`, taken from the groups in turn so that each gives alike; None takes all.
 
-    Raises ValueError when there are fewer.
+    Raises SettingError when there are fewer.
     """
     if num_samples is None:
         return samples
     if num_samples > len(samples):
-        raise ValueError(f"quantize.num_samples={num_samples}: calibrate made only {len(samples)}; raise its budgets")
+        raise SettingError(f"num_samples={num_samples}: calibrate made only {len(samples)}; raise its budgets")
     by_group: dict[str, list[Sample]] = {}
     for sample in samples:
         by_group.setdefault(sample.group, []).append(sample)

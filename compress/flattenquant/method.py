@@ -38,7 +38,7 @@ def flattenquant(
     """A model whose layers have 4- or 8-bit weights and inputs, every input with one scale for its whole layer.
 
     samples: calibration token ids. alpha: SmoothQuant's strength, where channels are smoothed before they are split.
-    on_layers: called with the number of layers just done. Raises ValueError when a Hessian is singular and
+    on_layers: called with the number of layers just done. Raises SettingError when a Hessian is singular and
     solver.on_singular is "error".
     """
     model = load_model(model_dir)

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from compress.target.gguf_source import GgufFile, hugging_face_names, row_order, unpermute_rows
-from compress.target.gguf_tokenizer import PRE_TOKENIZERS, byte_level_bpe, tokenizer_config
+from compress.target.gguf_tokenizer import PRE_TOKENIZERS, byte_level_bpe, pre_tokenizer_name, tokenizer_config
 from deploy.formats.architectures import ModelShape, linear_layers, other_tensors
 
 ARCHITECTURE_CLASS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -62,7 +62,7 @@ def check_tokenizer(file: GgufFile) -> None:
     for key in ("tokens", "token_type", "merges"):
         if key not in metadata:
             raise ValueError(f"target.path={file.path} lacks the field tokenizer.ggml.{key}; convert it again")
-    if (pre := metadata.get("pre", "gpt-2")) not in PRE_TOKENIZERS:
+    if (pre := pre_tokenizer_name(metadata)) not in PRE_TOKENIZERS:
         raise ValueError(
             f"target.path={file.path}: tokenizer.ggml.pre={pre!r} is not known (known:"
             f" {', '.join(sorted(PRE_TOKENIZERS))}); use the model's Hugging Face directory (target=hf) instead"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from compress.target.gguf_convert import check_file, model_config
 from compress.target.gguf_source import GgufFile
+from compress.target.gguf_tokenizer import PRE_TOKENIZERS, pre_tokenizer_name
 from compress.target.sources import Source, check_directory
 from deploy.formats.architectures import ModelShape
 
@@ -35,6 +36,16 @@ def read_shape(source: Source) -> ModelShape:
         num_tokens = len(file.tokenizer_metadata().get("tokens", "?"))
         return ModelShape.from_config({**model_config(file), "vocab_size": num_tokens, "tie_word_embeddings": tied})
     return ModelShape.from_config(json.loads((source.path / "config.json").read_text()))
+
+
+def tokenizer_rules(source: Source) -> dict[str, str]:
+    """What beside its files decides a source's tokenizer: name → revision of the rules for its kind, where these were
+    ever changed."""
+    if source.kind != "gguf":
+        return {}
+    name = pre_tokenizer_name(open_gguf(source.path).tokenizer_metadata())
+    rules = PRE_TOKENIZERS.get(name)
+    return {f"rules of {name} tokenizers": str(rules.revision)} if rules and rules.revision else {}
 
 
 def read_vocabulary(source: Source) -> dict[str, int]:

@@ -48,11 +48,15 @@ def find_source(kind: str, path: str | None, package: str | None, revision: str 
     Raises ValueError naming the key when something is missing, cut short or not supported.
     """
     if kind == "package":
+        if path:
+            raise ValueError(f"target.path={path} is not used by target.kind=package; add target=gguf or target=hf")
         return _from_package(package)
     if not path:
         raise ValueError(f"target.path is empty; target.kind={kind} needs a path")
+    if revision and (kind == "gguf" or Path(path).is_dir()):
+        raise ValueError(f"target.revision={revision} is of a hub id, and target.path={path} is none; leave it out")
     if kind == "gguf":
-        return Source("gguf", _existing_gguf(Path(path).expanduser()), path)
+        return Source("gguf", _existing_gguf(Path(path)), path)
     if kind == "hf":
         return _from_hub_or_directory(path, revision)
     raise ValueError(f"target.kind={kind!r} is not known; one of: {', '.join(KINDS)}")
@@ -149,10 +153,10 @@ def _existing_gguf(path: Path) -> Path:
 
 
 def _from_hub_or_directory(path: str, revision: str | None) -> Source:
-    local = Path(path).expanduser()
+    local = Path(path)
     if local.is_dir():
         return Source("directory", local, path)
-    if local.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if local.exists() or path.startswith((".", "/")) or path.count("/") != 1:
         raise ValueError(f"target.path={path} is neither a directory nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 

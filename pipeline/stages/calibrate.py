@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.graph import BuildContext
-from pipeline.manifest import sha256_file
+from pipeline.stages import text_sources
 
 if TYPE_CHECKING:
     from compress.calibration.generate import SamplingRule
@@ -14,8 +15,21 @@ if TYPE_CHECKING:
 SAMPLES = "samples.jsonl"
 
 
-def check(path: str | None, config: dict[str, Any]) -> None:
-    """Raises ValueError on budgets that make no sense and on a text file (`path`) that cannot be read."""
+def keyed(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of `calibrate` that decides what the samples are: no paths."""
+    return {**config, "text": text_sources.keyed_documents(config["text"])}
+
+
+def packages(config: dict[str, Any]) -> tuple[str, ...]:
+    """Distributions whose version enters the stage's key; Python's own texts are those of the interpreter."""
+    return ("torch", "transformers", "python", *text_sources.packages(config["text"]["source"]))
+
+
+def check(config: dict[str, Any]) -> None:
+    """Raises ValueError on budgets that make no sense and on a text file that cannot be read.
+
+    config: all of `calibrate`.
+    """
     text, chat = config["text"], config["chat"]
     for group in ("chat", "free", "text"):
         for key, value in config[group].items():
@@ -24,14 +38,7 @@ def check(path: str | None, config: dict[str, Any]) -> None:
         raise ValueError(f"calibrate.sequence_length={config['sequence_length']} is too short; use at least 64")
     if chat["num_heldout"] + text["num_heldout"] == 0:
         raise ValueError("calibrate.chat.num_heldout and calibrate.text.num_heldout are both 0; quality needs one")
-    if text["source"] == "file":
-        from compress.calibration.texts import file_documents
-
-        if not path:
-            raise ValueError("calibrate.text.source=file needs calibrate.text.path")
-        file_documents(Path(path))
-    if text["source"] == "dataset" and not text["dataset"]:
-        raise ValueError("calibrate.text.source=dataset needs calibrate.text.dataset")
+    text_sources.check_documents(text, "calibrate.text")
 
 
 def _check_value(key: str, value: Any) -> None:
@@ -45,27 +52,24 @@ def _check_value(key: str, value: Any) -> None:
         raise ValueError(f"{key}={value} must be at least 0 and below 1")
     if name == "top_p" and not 0 < value <= 1:
         raise ValueError(f"{key}={value} must be above 0 and at most 1")
-    if name == "temperature" and value <= 0:
-        raise ValueError(f"{key}={value} must be above 0")
+    if name == "temperature" and not 0 < value < math.inf:
+        raise ValueError(f"{key}={value} must be above 0, and finite")
 
 
 def fingerprint(config: dict[str, Any]) -> dict[str, str]:
-    """The digest of the text file, where one is named (Python's own texts are keyed by the interpreter's version)."""
-    path = config["text"]["path"]
-    if config["text"]["source"] != "file" or not path or not Path(path).is_file():
-        return {}  # `check` says what is wrong
-    return {"calibrate.text.path": sha256_file(Path(path))}
+    """Digests of the text file or of the data set's files, where these lie on this machine."""
+    return text_sources.fingerprint(config["text"], config["text"]["source"], "calibrate.text")
 
 
-def build(path: str | None, context: BuildContext) -> None:
-    """Writes `samples.jsonl`. path: the text file, where the source of texts is one."""
+def build(text: dict[str, Any], context: BuildContext) -> None:
+    """Writes `samples.jsonl`. text: the whole of `calibrate.text`."""
     from transformers import AutoTokenizer
 
     from compress.calibration.samples import write_samples
 
     model_dir = context.inputs["target"] / "model"
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    samples = [*_texts(context, path, tokenizer), *_self_written(context, model_dir, tokenizer)]
+    samples = [*_texts(context, text, tokenizer), *_self_written(context, model_dir, tokenizer)]
     write_samples(context.out / SAMPLES, samples, lambda ids: str(tokenizer.decode(ids)))
     counts: dict[str, dict[str, int]] = {}
     for sample in samples:
@@ -76,16 +80,15 @@ def build(path: str | None, context: BuildContext) -> None:
     context.tracker.summary(context.stage, {f"{key} tokens": value["tokens"] for key, value in counts.items()})
 
 
-def _texts(context: BuildContext, path: str | None, tokenizer: Any) -> list[Any]:
+def _texts(context: BuildContext, config: dict[str, Any], tokenizer: Any) -> list[Any]:
     import numpy as np
 
     from compress.calibration import texts
 
-    config = context.config["text"]
     if config["source"] == "python":
         groups = texts.python_documents()
     elif config["source"] == "file":
-        groups = {"text": texts.file_documents(Path(path or ""))}
+        groups = {"text": texts.file_documents(Path(config["path"]))}
     else:
         groups = {"text": texts.dataset_documents(config["dataset"], config["dataset_split"], config["column"])}
     rng = np.random.default_rng(context.seed)
@@ -121,6 +124,7 @@ def _conversations(context: BuildContext, model: Any, tokenizer: Any) -> list[An
     """Conversations; the first ones written are calibration, the rest held out."""
     from compress.calibration.conversations import ChatFrame, ConversationBudget, write_conversations
     from compress.calibration.samples import Sample
+    from deploy.formats.chat import FIXED_DAY, ChatTemplate
 
     config = context.config["chat"]
     num_samples, num_heldout = config["num_samples"], config["num_heldout"]
@@ -128,8 +132,9 @@ def _conversations(context: BuildContext, model: Any, tokenizer: Any) -> list[An
         return []
     rule = _rule(config, model, tokenizer)
     lengths = ("prompt_tokens", "response_tokens", "system_share", "drop_share")
+    template = ChatTemplate.from_directory(context.inputs["target"] / "model", day=FIXED_DAY)
     frame = ChatFrame.from_template(
-        lambda messages: tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False),
+        lambda messages: template.render(messages, add_generation_prompt=True),
         [tokenizer.decode([end]) for end in rule.end_ids],
         tokenizer.bos_token,
     )

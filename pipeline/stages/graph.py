@@ -20,6 +20,7 @@ from pipeline.stages.graph_models import (
     TORCH,
     VERSIONS,
     calibrate_stage,
+    quantize_key,
     quantize_stage,
     role_of,
     stage_of,
@@ -39,7 +40,7 @@ def build_graph(config: Config) -> list[Stage]:
     methods = {"": plain["quantize"], **_variants(plain, source)}
     qualities = {}
     for name, method in methods.items():
-        check = partial(_check_quantize, plain["calibrate"], source)
+        check = partial(_check_quantize, plain["calibrate"], source, quantize_key(name))
         model = quantize_stage(name, method, source, {"target": target, "calibrate": samples}, check)
         inputs = {"target": target, "calibrate": samples, "quantize": model}
         qualities[name] = stage_of("quality", name, {}, "pipeline.stages.quality:build", inputs, packages=TORCH)
@@ -49,13 +50,13 @@ def build_graph(config: Config) -> list[Stage]:
     return [_export(plain, target, qualities, drafters | _evaluate(plain, models | drafters))]
 
 
-def _check_quantize(calibrate_config: dict[str, Any], source: Source, config: dict[str, Any]) -> None:
+def _check_quantize(calibrate_config: dict[str, Any], source: Source, key: str, config: dict[str, Any]) -> None:
     if config["method"] == "keep" and source.kind != "gguf":
         raise ValueError(
             f"quantize=keep takes a GGUF file's own grid, and target.path={source.origin} is none; use quantize=gptq"
         )
-    quantize_check.check(config, lambda: lazy("compress.target.inspect:read_shape")(source))
-    quantize_check.check_calibration(config, calibrate_config)
+    quantize_check.check(config, lambda: lazy("compress.target.inspect:read_shape")(source), key)
+    quantize_check.check_calibration(config, calibrate_config, key)
 
 
 def _evaluate(plain: dict[str, Any], models: dict[str, Stage]) -> dict[str, Stage]:

@@ -107,7 +107,7 @@ def _intermediate(plain: dict[str, Any], target_source: Source, known: dict[str,
         build=partial(lazy("pipeline.stages.intermediate:build"), intermediate.unkeyed(config), plain["threads"]),
         inputs=inputs,
         seed=plain["seed"],
-        packages=(*TRAINED_WITH, "peft"),
+        packages=(*TRAINED_WITH, "peft", *intermediate.text_packages(config)),
         fingerprint=partial(intermediate.fingerprint, config),
         check=lambda _keyed: _check_intermediate(plain, source, target_source),
         resumable=True,
@@ -146,7 +146,7 @@ def _start(initial: dict[str, Any], target_source: Source, known: dict[str, Stag
     inputs = {role: known[role] for role in ("target", "generate")}
     if not initial.get("path"):
         return target_source, inputs
-    path, kind = initial["path"], "gguf" if Path(initial["path"]).expanduser().is_file() else "hf"
+    path, kind = initial["path"], "gguf" if Path(initial["path"]).is_file() else "hf"
     with _called(SOURCE_KEY):
         source = find_source(kind, path, None, initial["revision"])
 

@@ -18,8 +18,8 @@ VERSIONS = {
     "quantize": 1,
     "quality": 1,
     "generate": 1,
-    "eagle": 3,
-    "intermediate": 2,
+    "eagle": 4,
+    "intermediate": 3,
     "measure": 1,
     "evaluate": 2,
     "export": 6,
@@ -38,27 +38,24 @@ def target_stage(config: dict[str, Any], source: Source, instance: str = "target
         config={"kind": source.kind, "revision": source.revision, "licence": config["licence"]},
         build=partial(lazy("pipeline.stages.target:build"), source),
         packages=("gguf",) if source.kind == "gguf" else ("transformers",),
-        fingerprint=source.fingerprint,
+        fingerprint=lambda: {**source.fingerprint(), **lazy("compress.target.inspect:tokenizer_rules")(source)},
         check=lambda _config: lazy("compress.target.inspect:check_source")(source),
     )
 
 
 def calibrate_stage(config: dict[str, Any], seed: int, target: Stage) -> Stage:
     """Samples for calibration, and held-out ones."""
-    unkeyed = {"path"}
-    text = {key: value for key, value in config["text"].items() if key not in unkeyed}
-    path = config["text"]["path"]
     return Stage(
         name="calibrate",
         instance="calibrate",
         version=VERSIONS["calibrate"],
-        config={**config, "text": text},
-        build=partial(lazy("pipeline.stages.calibrate:build"), path),
+        config=calibrate.keyed(config),
+        build=partial(lazy("pipeline.stages.calibrate:build"), config["text"]),
         inputs={"target": target},
         seed=seed,
-        packages=(*TORCH, "python"),
+        packages=calibrate.packages(config),
         fingerprint=partial(calibrate.fingerprint, config),
-        check=partial(calibrate.check, path),
+        check=lambda _keyed: calibrate.check(config),
     )
 
 
@@ -78,14 +75,26 @@ def quantize_stage(
         "quantize",
         name,
         config,
-        partial(lazy("pipeline.stages.quantize:build"), source),
+        partial(lazy("pipeline.stages.quantize:build"), source, quantize_key(name)),
         {role: stage for role, stage in inputs.items() if role != "calibrate" or is_calibrated},
-        packages=(*TORCH, "llmcompressor", "compressed-tensors")
-        if config["method"] not in ("keep", "q4_0")
-        else ("gguf",),
+        packages=_quantize_packages(config),
         check=check,
         revision=METHOD_REVISIONS.get(config["method"], 0),
     )
+
+
+def quantize_key(name: str) -> str:
+    """Where the configuration has the method of the quantized model `name`: "" is the bundle's own."""
+    if name == "intermediate":
+        return "intermediate.quantize"
+    return f"quality.variants.{name}" if name else "quantize"
+
+
+def _quantize_packages(config: dict[str, Any]) -> tuple[str, ...]:
+    """Distributions whose version enters the key: gguf's for grids of its files, llmcompressor's for the rest."""
+    is_file_grid = config["method"] in ("keep", "q4_0")
+    own = ("gguf",) if is_file_grid else ()
+    return own if is_file_grid and not config.get("twin") else (*own, *TORCH, "llmcompressor", "compressed-tensors")
 
 
 def stage_of(

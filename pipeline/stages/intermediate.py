@@ -11,8 +11,9 @@ from typing import Any
 
 from deploy.formats.architectures import ModelShape
 from pipeline.graph import BuildContext
+from pipeline.stages import text_sources
 from pipeline.stages.eagle import check_vocabulary, check_worth
-from pipeline.stages.training import keyed_settings, train_settings, unkeyed_settings
+from pipeline.stages.training import check_training, keyed_settings, unkeyed_settings
 from train.intermediate.shapes import Sizes, choose_layers, layers_shape, random_shape
 
 MODEL = "model"
@@ -35,8 +36,7 @@ def keyed(config: dict[str, Any], heldout_share: float) -> dict[str, Any]:
     vocabulary = {key: config["vocabulary"][key] for key in ("size", "counts")}
     phases: dict[str, Any] = {}
     if "pretrain" in config["phases"]:
-        text = {key: value for key, value in config["pretrain"]["text"].items() if key != "path"}
-        text["heldout_share"] = heldout_share
+        text = {**text_sources.keyed_documents(config["pretrain"]["text"]), "heldout_share": heldout_share}
         phases["pretrain"] = {"text": text, "train": keyed_settings(config["pretrain"]["train"])}
     if "align" in config["phases"]:
         lora = config["align"]["lora"] if has_adapters(config) else None
@@ -50,9 +50,9 @@ def keyed_measure(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def unkeyed(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that change nothing in the result, and the file of texts, by phase."""
+    """The settings that change nothing in the result, by phase, and where the texts are."""
     settings = {phase: unkeyed_settings(config[phase]["train"]) for phase in PHASES}
-    return {**settings, "path": config["pretrain"]["text"]["path"]}
+    return {**settings, "text": config["pretrain"]["text"]}
 
 
 def needs_teacher(config: dict[str, Any]) -> bool:
@@ -108,9 +108,9 @@ def check(config: dict[str, Any], target: ModelShape, source: ModelShape) -> Non
     if phases != [phase for phase in PHASES if phase in phases]:
         raise ValueError(f"intermediate.phases={phases} must be {list(PHASES)} or a part of that, in this order")
     for phase in phases:
-        train_settings(config[phase]["train"]).check(f"intermediate.{phase}.train.")
+        check_training(config[phase]["train"], f"intermediate.{phase}.train.")
     if "pretrain" in phases:
-        _check_text(config["pretrain"]["text"])
+        text_sources.check_documents(config["pretrain"]["text"], "intermediate.pretrain.text")
     lora = config["align"]["lora"]
     if has_adapters(config) and min(lora["rank"], lora["alpha"]) < 1:
         raise ValueError(f"intermediate.align.lora={lora}: rank and alpha must be 1 or more; 16 and 32 are usual")
@@ -169,32 +169,16 @@ def _check_widths(shape: ModelShape) -> None:
         )
 
 
-def _check_text(text: dict[str, Any]) -> None:
-    """Raises ValueError when the texts to pre-train on are not named or cannot be read."""
-    key = "intermediate.pretrain.text"
-    if text["source"] == "file":
-        from pathlib import Path
-
-        from compress.calibration.texts import file_documents
-
-        if not text["path"]:
-            raise ValueError(f"{key}.source=file needs {key}.path")
-        file_documents(Path(text["path"]), f"{key}.path")
-    if text["source"] == "dataset" and not text["dataset"]:
-        raise ValueError(f"{key}.source=dataset needs {key}.dataset")
-
-
 def fingerprint(config: dict[str, Any]) -> dict[str, str]:
-    """The digest of the file of texts, where one is read."""
-    from pathlib import Path
-
-    from pipeline.manifest import sha256_file
-
+    """Digests of the texts to pre-train on, where they are read and lie on this machine."""
     text = config["pretrain"]["text"]
-    is_read = "pretrain" in config["phases"] and text["source"] == "file" and text["path"]
-    if not is_read or not Path(text["path"]).is_file():
-        return {}  # `check` says what is wrong
-    return {"intermediate.pretrain.text.path": sha256_file(Path(text["path"]))}
+    source = text["source"] if "pretrain" in config["phases"] else "none"
+    return text_sources.fingerprint(text, source, "intermediate.pretrain.text")
+
+
+def text_packages(config: dict[str, Any]) -> tuple[str, ...]:
+    """Distributions that read the texts to pre-train on, where any are."""
+    return text_sources.packages(config["pretrain"]["text"]["source"]) if "pretrain" in config["phases"] else ()
 
 
 def check_vocabularies(target: Callable[[], dict[str, int]], source: Callable[[], dict[str, int]]) -> None:

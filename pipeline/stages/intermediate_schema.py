@@ -147,19 +147,10 @@ class IntermediateConfig:
     quantize: Any = MISSING
 
 
-@dataclass
-class NoIntermediateConfig:
-    """`conf/intermediate/none.yaml`: no such model, and no head for it."""
-
-    method: str = "none"
-
-
 def register() -> None:
     """Make the schemas known to Hydra under the names that the group files use."""
     store = ConfigStore.instance()
-    nodes: dict[str, Any] = {"intermediate_schema": IntermediateConfig, "none_schema": NoIntermediateConfig}
-    for name, node in nodes.items():
-        store.store(group="intermediate", name=name, node=node)
+    store.store(group="intermediate", name="intermediate_schema", node=IntermediateConfig)
     starts = {"layers": LayersConfig, "checkpoint": CheckpointConfig, "random": RandomConfig}
     for name, start in starts.items():
         store.store(group="intermediate/initial", name=f"{name}_schema", node=start)

@@ -85,7 +85,7 @@ def train_intermediate(unkeyed: dict[str, Any], threads: int | None, context: Bu
         for phase in config["phases"]:
             settings = train_settings({**config[phase]["train"], **unkeyed[phase]})
             features = stack.enter_context(_teacher(context, threads)) if _is_taught(config, phase) else None
-            result, log = _run_phase(work, phase, settings, unkeyed["path"], features)
+            result, log = _run_phase(work, phase, settings, unkeyed["text"], features)
             _keep_if_better(best, work, result.best.tau, phase)
             is_timed = settings.max_seconds is not None
             results[phase] = (result, is_timed)
@@ -135,7 +135,7 @@ def _prepare(context: BuildContext, model: LanguageModel, target: ModelDirectory
 
 
 def _run_phase(
-    work: _Work, phase: str, settings: Any, path: str | None, features: FeatureSource | None
+    work: _Work, phase: str, settings: Any, text: dict[str, Any], features: FeatureSource | None
 ) -> tuple[TrainResult, Any]:
     """Trains the model, in place; afterwards it has the phase's best weights."""
     context, config = work.context, work.context.config
@@ -143,7 +143,7 @@ def _run_phase(
     objective: Tokens | Distribution = Tokens(work.vocabulary)
     adapted = None
     if phase == "pretrain":
-        sequences = _texts(context, path, settings.max_length)
+        sequences = _texts(context, text, settings.max_length)
     else:
         if features is not None:
             objective = _distribution(work)
@@ -157,21 +157,21 @@ def _run_phase(
     return result, log
 
 
-def _texts(context: BuildContext, path: str | None, max_length: int) -> Sequence[TokenSequence]:
-    """Parts of all documents but those that calibrate holds out."""
+def _texts(context: BuildContext, text: dict[str, Any], max_length: int) -> Sequence[TokenSequence]:
+    """Parts of all documents but those that calibrate holds out. text: `intermediate.pretrain.text`."""
     from tokenizers import Tokenizer
 
     from compress.calibration import texts
 
-    config = context.config["pretrain"]["text"]
-    if config["source"] == "python":
+    heldout_share = context.config["pretrain"]["text"]["heldout_share"]
+    if text["source"] == "python":
         documents = [document for group in texts.python_documents().values() for document in group]
-    elif config["source"] == "file":
-        documents = texts.file_documents(Path(path or ""), "intermediate.pretrain.text.path")
+    elif text["source"] == "file":
+        documents = texts.file_documents(Path(text["path"]), "intermediate.pretrain.text.path")
     else:
         key = "intermediate.pretrain.text"
-        documents = texts.dataset_documents(config["dataset"], config["dataset_split"], config["column"], key)
-    kept, _ = texts.split_documents(documents, heldout_share=config["heldout_share"], seed=context.seed)
+        documents = texts.dataset_documents(text["dataset"], text["dataset_split"], text["column"], key)
+    kept, _ = texts.split_documents(documents, heldout_share=heldout_share, seed=context.seed)
     tokenizer: Any = Tokenizer.from_file(str(context.inputs["target"] / MODEL / "tokenizer.json"))
     encoded = tokenizer.encode_batch([document.text for document in kept], add_special_tokens=False)
     return cut_documents((found.ids for found in encoded), max_length)
@@ -233,12 +233,13 @@ def _write(
     trained = [result for result, _ in results.values()]
     is_timed = any(timed for _, timed in results.values())
     seconds = round(sum(result.elapsed_seconds for result in trained), 1)
+    aligned = results["align"][0] if "align" in results else None
     record = {
         "tokens": sum(result.tokens for result in trained),
         "seconds": seconds if is_timed else None,
         "data": {
-            "train_conversations": len(work.conversations),
-            "train_written_tokens": sum(found.num_written for found in work.conversations),
+            "train_conversations": aligned.num_sequences if aligned else 0,
+            "train_written_tokens": aligned.num_learned if aligned else 0,
             "heldout_conversations": work.heldout.num_conversations,
             "best_phase": best.phase,
             "phases": {

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from compress.errors import SettingError
 from compress.grids import QuantizedLayers, WeightGrid
 from compress.target.sources import Source
 from deploy.formats.packed import GroupedInt
@@ -22,12 +23,19 @@ from pipeline.stages.quantize_inputs import (
 TWIN_GRID = WeightGrid(bits=4, group_size=32, symmetric=False)
 
 
-def build(source: Source, context: BuildContext) -> None:
-    """Writes `model/`, `stats.json` and, where asked for, `twin/`. source: where `keep` finds the file's own grid."""
+def build(source: Source, key: str, context: BuildContext) -> None:
+    """Writes `model/`, `stats.json` and, where asked for, `twin/`.
+
+    source: where `keep` finds the file's own grid. key: of the configuration. Raises ValueError naming it when a
+    setting does not fit what calibration gives.
+    """
     from compress.write import stored_bits_per_weight, write_quantized
 
     target = context.inputs["target"] / "model"
-    result = _METHODS[context.config["method"]](context, target, source)
+    try:
+        result = _METHODS[context.config["method"]](context, target, source)
+    except SettingError as error:
+        raise ValueError(f"{key}.{error}") from error
     write_quantized(target, result.layers, context.out / "model", inputs=result.inputs, norms=result.norms)
     stats = {
         "method": context.config["method"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ def check(config: dict[str, Any], read_shape: Callable[[], ModelShape], key: str
 
     read_shape: () → the model's ModelShape; called only when widths matter to the method. key: of the configuration.
     """
+    _check_finite(config, key)
     _check_grid(config, key)
     if "weights" in config:
         _check_grid(config["weights"], f"{key}.weights")
@@ -25,8 +27,7 @@ def check(config: dict[str, Any], read_shape: Callable[[], ModelShape], key: str
         raise ValueError(f"{key}.dampening={config['dampening']} must be above 0; 0.01 is usual")
     if config["method"] == "rtn" and config["observer"] == "imatrix_mse":
         raise ValueError(
-            f"{key}.observer=imatrix_mse weighs by calibrated inputs, of which rtn has none; use minmax or mse (for"
-            " the comparison beside another method: quality.variants.rtn.observer=mse)"
+            f"{key}.observer=imatrix_mse weighs by calibrated inputs, of which rtn has none; use minmax or mse"
         )
     if config.get("num_samples") is not None and config["num_samples"] < 1:
         raise ValueError(f"{key}.num_samples={config['num_samples']} must be 1 or more; null takes all")
@@ -56,6 +57,16 @@ def check_calibration(config: dict[str, Any], calibrate: dict[str, Any], key: st
         raise ValueError(
             f"{key}.num_samples={config['num_samples']}: calibrate makes only {num_made}; raise its budgets"
         )
+
+
+def _check_finite(config: dict[str, Any], key: str) -> None:
+    """Raises ValueError for a number that is infinite or none, at any depth."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_finite(value, f"{key}.{name}")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{key}.{name}={value} is not finite; give a number that is")
 
 
 def _check_grid(grid: dict[str, Any], key: str) -> None:

@@ -14,6 +14,7 @@ from compress.calibration.generate import (
     SamplingRule,
     drop_most_perplexing,
     sample_continuations,
+    sampling_dtype,
     write_free_texts,
 )
 
@@ -137,3 +138,13 @@ def test_free_texts_begin_with_a_word_and_are_as_many_as_asked_for(model: Any) -
     assert all(60 <= text[0] < 80 and len(text) == 10 for text in texts[0])
     assert texts[0] == texts[1] != texts[2]
     assert steps == [1] * 27
+
+
+@pytest.mark.parametrize(("is_native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_cpu_alone_decides_the_type_for_that_is_where_the_model_is(
+    monkeypatch: pytest.MonkeyPatch, is_native: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: is_native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert sampling_dtype() == expected

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from compress.calibration.samples import Sample, read_samples, spread, write_samples
+from compress.errors import SettingError
 
 SAMPLES = [
     Sample("prose", "calibration", "topics/if", (5, 6, 7)),
@@ -32,7 +33,7 @@ def test_each_line_shows_its_text(path: Path) -> None:
 
 
 def test_a_group_without_samples_is_named_with_those_that_have_some(path: Path) -> None:
-    with pytest.raises(ValueError, match=r"quantize\.calibration=\['prose', 'chat'\].* no chat .*are: code, prose"):
+    with pytest.raises(SettingError, match=r"^calibration=\['prose', 'chat'\].* no chat .*are: code, prose"):
         read_samples(path, "calibration", ["prose", "chat"])
 
 
@@ -40,5 +41,5 @@ def test_fewer_samples_are_taken_from_the_groups_in_turn() -> None:
     many = [Sample(group, "calibration", f"{group}{i}", (i,)) for group in ("a", "b", "c") for i in range(4)]
     assert spread(many, None) == many
     assert [sample.source for sample in spread(many, 5)] == ["a0", "b0", "c0", "a1", "b1"]
-    with pytest.raises(ValueError, match=r"quantize\.num_samples=13: calibrate made only 12"):
+    with pytest.raises(SettingError, match=r"^num_samples=13: calibrate made only 12"):
         spread(many, 13)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from compress.calibration.samples import Sample
 from compress.calibration.texts import (
     SECTION_CHARACTERS,
     Document,
+    dataset_documents,
     file_documents,
+    file_format,
     python_documents,
     split_documents,
     windows,
@@ -96,6 +99,37 @@ def test_too_little_text_says_how_many_windows_there_are() -> None:
         cut(documents(3, 100), 5)
 
 
+def test_too_little_held_out_text_names_the_share_that_is_held_out() -> None:
+    with pytest.raises(
+        ValueError, match=r"lower calibrate\.text\.num_heldout, raise calibrate\.text\.heldout_share or"
+    ):
+        cut(documents(3, 100), 5)
+    with pytest.raises(ValueError, match=r"asked for; lower calibrate\.text\.num_samples or give more text$"):
+        cut(documents(3, 100), 5, split="calibration")
+
+
+def test_long_documents_are_found_among_many_that_are_too_short() -> None:
+    prompts = [Document(f"p{index}", "1 2 3") for index in range(500)]
+    for seed in range(5):
+        samples = cut(prompts + documents(6, 70), 6, seed=seed)
+        assert {sample.source for sample in samples} == {f"d{index}" for index in range(6)}
+
+
+def test_no_more_documents_are_tokenized_than_four_a_sample_where_these_suffice() -> None:
+    read: list[str] = []
+
+    def tokenized(text: str) -> list[int]:
+        read.append(text)
+        return tokenize(text)
+
+    many = documents(50)
+    arguments: dict[str, Any] = {"group": "g", "split": "heldout", "num_samples": 5, "sequence_length": 64}
+    samples = windows(many, tokenized, **arguments, rng=np.random.default_rng(2))
+    order = np.random.default_rng(2).permutation(50)
+    assert read == [many[index].text for index in order[:20]]
+    assert [sample.source for sample in samples] == [many[index].name for index in order[:5]]
+
+
 def test_none_asked_for_is_none_made() -> None:
     assert cut([], 0) == []
 
@@ -125,6 +159,45 @@ def test_a_line_inserted_into_a_file_renames_no_other_document(tmp_path: Path) -
     path.write_text("\n".join([json.dumps({"text": "zero"}), *lines]))
     assert [document.name for document in file_documents(path)][1:] == before
     assert before[0] == before[2] != before[1]
+
+
+def test_a_file_and_a_data_set_of_other_names_name_the_same_texts_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["one", "two", "three"]
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    (tmp_path / "c.txt").write_text("one")
+    use_rows(monkeypatch, texts)
+    first = file_documents(tmp_path / "a.jsonl")
+    assert first == file_documents(tmp_path / "b.jsonl") == dataset_documents("owner/set", "train", "text")
+    assert file_documents(tmp_path / "c.txt") == first[:1]
+
+
+def use_rows(monkeypatch: pytest.MonkeyPatch, values: list[Any]) -> None:
+    """A data set whose column "text" has these values."""
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": values})
+    monkeypatch.setattr(datasets, "load_dataset", lambda _name, split: rows)
+
+
+def test_rows_without_a_text_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_rows(monkeypatch, ["one", None, "", " \n", "two"])
+    assert [document.text for document in dataset_documents("owner/set", "train", "text")] == ["one", "two"]
+
+
+def test_a_row_that_holds_no_text_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_rows(monkeypatch, [None, ["turn"]])
+    with pytest.raises(
+        ValueError, match=r"^calibrate\.text\.column=text: row 1 of owner/set holds .* type list; name a"
+    ):
+        dataset_documents("owner/set", "train", "text")
+
+
+@pytest.mark.parametrize(("name", "expected"), [("a.jsonl", "jsonl"), ("a.txt", "text"), ("a", "text")])
+def test_a_files_suffix_says_how_it_is_read(name: str, expected: str) -> None:
+    assert file_format(Path(name)) == expected
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\x0b", "\x1c"])

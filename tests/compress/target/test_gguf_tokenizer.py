@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers
 
 from compress.target.gguf_source import GgufFile
 from compress.target.gguf_tokenizer import PRE_TOKENIZERS, byte_level_bpe, tokenizer_config
@@ -24,7 +24,7 @@ def metadata(tiny: Any, pre: str = "smollm", **changes: Any) -> dict[str, Any]:
 
 def pieces(pre: str, text: str) -> list[str]:
     """The words before merging, spaces shown as they are."""
-    cut = PRE_TOKENIZERS[pre]().pre_tokenize_str(text)
+    cut = PRE_TOKENIZERS[pre].cut().pre_tokenize_str(text)
     return [text[start:end] for _, (start, end) in cut]
 
 
@@ -35,7 +35,8 @@ def test_any_text_survives(tiny: Any, pre: str, text: str) -> None:
     tokenizer = byte_level_bpe(metadata(tiny, pre))
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     # A special token's name in the text would be that token; none can come from single characters of this alphabet.
-    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    kept = normalizers.NFC().normalize_str(text) if pre == "qwen2" else text
+    assert tokenizer.decode(ids, skip_special_tokens=False) == kept
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,28 @@ def test_digits_never_merge_for_smollm_although_the_merges_exist(tiny: Any) -> N
     assert byte_level_bpe(metadata(tiny, "smollm")).encode("1234").tokens == ["1", "2", "3", "4"]
     assert byte_level_bpe(metadata(tiny, "gpt-2")).encode("1234").tokens == ["1234"]
     assert byte_level_bpe(metadata(tiny, "llama-bpe")).encode("1234").tokens == ["123", "4"]
+
+
+@pytest.mark.parametrize(
+    ("pre", "expected"), [("llama-bpe", ["zebra"]), ("llama3", ["zebra"]), ("qwen2", list("zebra"))]
+)
+def test_a_word_of_the_vocabulary_that_no_merge_makes_is_a_token_where_llama_3_has_it_so(
+    tiny: Any, pre: str, expected: list[str]
+) -> None:
+    fields = metadata(tiny, pre)
+    fields |= {"tokens": [*fields["tokens"], "zebra"], "token_type": [*fields["token_type"], 1]}
+    assert byte_level_bpe(fields).encode("zebra").tokens == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(st.sampled_from("he ltoaeAu\u0301\u0308\u0323\u1100\u1161é日1"), max_size=30))
+def test_qwens_texts_have_the_tokens_that_transformers_gives_them(tiny: Any, text: str) -> None:
+    from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+
+    fields = metadata(tiny, "qwen2")
+    merges: Any = [tuple(merge.split(" ")) for merge in tiny.merges]
+    theirs = Qwen2Tokenizer({token: index for index, token in enumerate(fields["tokens"])}, merges)
+    assert byte_level_bpe(fields).encode(text, add_special_tokens=False).ids == theirs.encode(text)
 
 
 def test_special_tokens_are_one_token_each_and_can_be_skipped(tiny: Any) -> None:

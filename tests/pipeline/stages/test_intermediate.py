@@ -17,7 +17,7 @@ from pipeline.cli import config_directory
 from pipeline.graph import Stage, order_stages
 from pipeline.schema import register
 from pipeline.stages.graph import build_graph
-from pipeline.stages.intermediate import check_vocabularies, planned_shape
+from pipeline.stages.intermediate import check_vocabularies, planned_shape, text_packages
 
 Graph = Callable[..., dict[str, Stage]]
 CONFIG: dict[str, Any] = {
@@ -231,6 +231,29 @@ def test_the_path_of_a_text_file_is_no_key_but_its_content_is(graph: Graph, tmp_
         assert stage.fingerprint is not None
         found.append((stage.config, stage.fingerprint()))
     assert found[0] == found[1] != found[2]
+
+
+def test_the_files_of_a_data_set_and_a_files_format_are_keys_of_the_training(graph: Graph, tmp_path: Path) -> None:
+    key = "intermediate.pretrain.text"
+    (tmp_path / "set").mkdir()
+    for name in ("a.txt", "b.jsonl", "set/c.jsonl"):
+        (tmp_path / name).write_text("x")
+    stage = graph(f"{key}.source=dataset", f"{key}.dataset={tmp_path / 'set'}")["intermediate"]
+    assert stage.fingerprint is not None
+    assert set(stage.fingerprint()) == {f"{key}.dataset/c.jsonl"}
+    formats = []
+    for name in ("a.txt", "b.jsonl"):
+        stage = graph(f"{key}.source=file", f"{key}.path={tmp_path / name}")["intermediate"]
+        formats.append(stage.config["pretrain"]["text"]["format"])
+    assert formats == ["text", "jsonl"]
+
+
+def test_only_a_data_set_that_is_read_needs_its_library() -> None:
+    text = {"source": "dataset", "path": None, "dataset": "owner/set"}
+    config = {"phases": ["pretrain"], "pretrain": {"text": text}}
+    assert text_packages(config) == ("datasets",)
+    assert text_packages({**config, "phases": ["align"]}) == ()
+    assert text_packages({**config, "pretrain": {"text": {**text, "source": "python"}}}) == ()
 
 
 def test_without_its_head_the_intermediate_stays(graph: Graph) -> None:

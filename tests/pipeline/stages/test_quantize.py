@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,7 @@ SMOOTHQUANT = {
     "solver": "gptq",
     **SOLVED,
 }
+NO_FILE = Source(kind="hf", path=Path(), origin="x")
 FLATTENQUANT = {
     "method": "flattenquant",
     "alpha": None,
@@ -106,7 +108,7 @@ def context(inputs: dict[str, Path], out: Path, config: dict[str, Any]) -> Any:
 @pytest.fixture(scope="module", params=[SMOOTHQUANT, FLATTENQUANT], ids=lambda config: str(config["method"]))
 def built(request: pytest.FixtureRequest, inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
     found = context(inputs, tmp_path_factory.mktemp("quantize"), request.param)
-    quantize.build(Source(kind="hf", path=Path(), origin="x"), found)
+    quantize.build(NO_FILE, "quantize", found)
     return found
 
 
@@ -116,6 +118,24 @@ def test_model_twin_and_stats_are_written(built: Any) -> None:
         with ModelDirectory.open(built.out / name) as files:
             has_inputs = files.inputs("model.layers.0.mlp.up_proj") is not None
             assert has_inputs == (name == "model")
+
+
+@pytest.mark.parametrize("key", ["intermediate.quantize", "quality.variants.other"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_samples": 9}, r"num_samples=9: calibrate made only 4"),
+        ({"calibration": ["poems"]}, r"calibration=\['poems'\]: calibrate made no poems samples"),
+        ({"num_samples": 1, "dampening": 1e-12}, r"on_singular=error: \d+ layers have a singular Hessian"),
+    ],
+)
+def test_what_calibration_does_not_give_is_named_by_the_key_of_the_configuration(
+    inputs: dict[str, Path], tmp_path: Path, key: str, changes: dict[str, Any], message: str
+) -> None:
+    grid = {"bits": 4, "group_size": 32, "symmetric": True, "observer": "minmax"}
+    gptq = {"method": "gptq", **grid, **SOLVED, "twin": False, **changes}
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}\.{message}"):
+        quantize.build(NO_FILE, key, context(inputs, tmp_path, gptq))
 
 
 def test_the_figures_are_those_of_the_files(built: Any) -> None:

@@ -1,0 +1,88 @@
+"""What is refused of a method before any work, under which key, and what its artifact's key holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from compress.target.sources import Source
+from pipeline.cli import config_directory
+from pipeline.graph import Stage, order_stages
+from pipeline.schema import register
+from pipeline.stages.graph import build_graph
+from pipeline.stages.graph_models import quantize_stage
+from pipeline.stages.quantize_check import check
+
+INFINITE, NO_NUMBER = float("inf"), float("nan")
+LLM_COMPRESSOR = {"torch", "transformers", "llmcompressor", "compressed-tensors"}
+
+
+def no_shape() -> Any:
+    raise AssertionError("a bad number needs no model")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"method": "flattenquant", "gamma": INFINITE}, r"^key\.gamma=inf is not finite; give a number that is$"),
+        ({"method": "flattenquant", "gamma": NO_NUMBER}, r"^key\.gamma=nan is not finite"),
+        ({"method": "gptq", "dampening": INFINITE}, r"^key\.dampening=inf is not finite"),
+        ({"method": "smoothquant", "alpha": [0.5, NO_NUMBER]}, r"^key\.alpha=\[0\.5, nan\] is not finite"),
+        ({"method": "smoothquant", "weights": {"scale": NO_NUMBER}}, r"^key\.weights\.scale=nan is not finite"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(config, no_shape, "key")
+
+
+def stages(*overrides: str) -> dict[str, Stage]:
+    GlobalHydra.instance().clear()
+    register()
+    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+        config: Any = compose("config", [*overrides, "eagle=none", "intermediate=none"])
+    return {stage.instance: stage for stage in order_stages(build_graph(config))}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("quality.variants.rtn.bits=3", r"^quality\.variants\.rtn\.bits=3 is not supported"),
+        ("quality.variants.rtn.group_size=128", r"^quality\.variants\.rtn\.group_size=128 does not divide"),
+        (
+            "quality.variants.rtn.observer=imatrix_mse",
+            r"^quality\.variants\.rtn\.observer=imatrix_mse .* minmax or mse$",
+        ),
+    ],
+)
+def test_a_variant_is_named_by_its_own_key(override: str, message: str) -> None:
+    stage = stages(override)["quantize-rtn"]
+    assert stage.check is not None
+    with pytest.raises(ValueError, match=message):
+        stage.check(stage.config)
+
+
+def test_samples_that_a_variant_asks_for_in_vain_are_named_by_its_own_key() -> None:
+    stage = stages("quality=methods", "quality.variants.gptq_all.num_samples=999")["quantize-gptq_all"]
+    assert stage.check is not None
+    with pytest.raises(ValueError, match=r"^quality\.variants\.gptq_all\.num_samples=999: calibrate makes only"):
+        stage.check(stage.config)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"method": "keep", "twin": False}, {"gguf"}),
+        ({"method": "keep", "twin": True}, {"gguf", *LLM_COMPRESSOR}),
+        ({"method": "q4_0"}, {"gguf"}),
+        ({"method": "gptq"}, LLM_COMPRESSOR),
+        ({"method": "smoothquant", "twin": True}, LLM_COMPRESSOR),
+    ],
+)
+def test_the_key_has_the_packages_that_make_the_model_and_its_twin(config: dict[str, Any], expected: set[str]) -> None:
+    source = Source("gguf", Path("model.gguf"), "x")
+    assert set(quantize_stage("", config, source, {}, lambda _config: None).packages) == expected
