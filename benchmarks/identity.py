@@ -11,14 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import fingerprint, write_json
+from benchmarks.speculative import choose_modes
 from deploy.formats.bundle import Bundle
 from deploy.runtime.generation import Generation, GenerationOptions, Request
-from deploy.runtime.modes import DrafterFactory, available_modes
+from deploy.runtime.measure import counts_of
+from deploy.runtime.modes import DrafterFactory, Mode
 from deploy.runtime.prompts import read_prompts
 from deploy.runtime.sampling import SamplingParams
 from deploy.runtime.session import Session
@@ -48,8 +51,10 @@ def with_stops(requests: list[Request], answers: list[Generation]) -> list[Reque
     return stopped
 
 
-def compare(session: Session, factory: DrafterFactory, modes: list[str], requests: list[Request]) -> dict[str, Any]:
-    """Mode → answers equal to plain ones (tokens, text and reason), and tokens a forward."""
+def compare(
+    session: Session, factory: DrafterFactory, modes: Sequence[Mode], requests: list[Request]
+) -> dict[str, Any]:
+    """Mode → answers equal to plain ones (tokens, text and reason), and tokens a forward behind the prompt's."""
     session.use(factory.make("plain"))
     expected = answer(session, requests, 1)
     requests = with_stops(requests, expected)
@@ -58,23 +63,23 @@ def compare(session: Session, factory: DrafterFactory, modes: list[str], request
         expected[index] = found
     result: dict[str, Any] = {}
     for mode in modes:
-        session.use(factory.make(mode))  # type: ignore[arg-type]
+        session.use(factory.make(mode))
         begin = time.perf_counter()
         answers = answer(session, requests, IN_FLIGHT)
         same = sum(
             (a.token_ids, a.text, a.finish_reason) == (b.token_ids, b.text, b.finish_reason)
             for a, b in zip(answers, expected, strict=True)
         )
-        rounds = sum(a.speculation.rounds for a in answers)
+        tau = counts_of([answers]).tau
         tokens = sum(len(a.token_ids) for a in answers)
         result[mode] = {
             "same": same,
             "total": len(answers),
             "tokens": tokens,
-            "tau": round(tokens / rounds, 3),
+            "tau": round(tau, 4),
             "seconds": round(time.perf_counter() - begin, 1),
         }
-        print(f"    {mode:16}{same}/{len(answers)} identical, {tokens} tokens, τ {tokens / rounds:.2f}", flush=True)
+        print(f"    {mode:16}{same}/{len(answers)} identical, {tokens} tokens, τ {tau:.2f}", flush=True)
     return result
 
 
@@ -84,14 +89,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=208)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--modes", help="comma-separated; default: all that the bundle can do")
+    parser.add_argument("--modes", type=lambda text: text.split(","), help="default: all that the bundle can do")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     bundle = Bundle.open(arguments.bundle)
+    modes = [mode for mode in choose_modes(parser, arguments.modes, bundle) if mode != "plain"]
     session = Session.open(bundle)
     factory = DrafterFactory(bundle, session.backend, "cpu", None)
-    wanted = arguments.modes.split(",") if arguments.modes else available_modes(bundle)
-    modes = [mode for mode in wanted if mode != "plain"]
     records = read_prompts(arguments.prompts)[: arguments.limit]
     room = session.backend.shape.context_length - arguments.tokens
     prompts = [session.encode_chat([{"role": "user", "content": record.turns[0]}])[:room] for record in records]

@@ -132,7 +132,7 @@ def compare_decode(ours: Ours, peer: Peer, context: int, steps: int) -> dict[str
 def heldout_tokens(bundle: Path, per_group: int) -> dict[str, list[list[int]]]:
     """group → token sequences that the pipeline held out, found beside the bundle's artifact."""
     store = bundle.resolve().parents[2]
-    wanted = Bundle.open(bundle).manifest.provenance["stages"]["calibrate"]["content"]
+    wanted = Bundle.open(bundle).manifest.provenance.get("stages", {}).get("calibrate", {}).get("content")
     for manifest in sorted((store / "calibrate").glob("*/manifest.json")):
         if json.loads(manifest.read_text())["content"] != wanted:
             continue
@@ -142,10 +142,16 @@ def heldout_tokens(bundle: Path, per_group: int) -> dict[str, list[list[int]]]:
             if record["split"] == "heldout" and len(groups.setdefault(record["group"], [])) < per_group:
                 groups[record["group"]].append(record["ids"])
         return groups
-    raise SystemExit(f"{store / 'calibrate'} no longer holds the samples that {bundle} was made with; run the pipeline")
+    raise SystemExit(
+        f"{store / 'calibrate'} does not hold the samples that {bundle} was made with; run the pipeline, or leave "
+        "perplexity out with --decode-only"
+    )
 
 
-def measure(ours: Ours, peer: Peer, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    ours: Ours, peer: Peer, arguments: argparse.Namespace, heldout: dict[str, list[list[int]]]
+) -> dict[str, Any]:
+    """heldout: group → token sequences, whose perplexity is measured."""
     result: dict[str, Any] = {"rows": {}, "decode": {}}
     for context in arguments.contexts:
         fill(ours.backend, context)
@@ -161,7 +167,7 @@ def measure(ours: Ours, peer: Peer, arguments: argparse.Namespace) -> dict[str, 
     result["together_16"] = compare(ours, peer, "together", arguments.repeats, count=16, context=128)
     result["perplexity"] = {
         group: {"ours": ours.perplexity(sequences), "peer": peer.ask("perplexity", sequences=sequences)}
-        for group, sequences in heldout_tokens(arguments.bundle, arguments.sequences).items()
+        for group, sequences in heldout.items()
     }
     return result
 
@@ -203,6 +209,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
+    heldout = {} if arguments.decode_only else heldout_tokens(arguments.bundle, arguments.sequences)
     peer = Peer(arguments.peer_python)
     with tempfile.TemporaryDirectory() as scratch:
         model = str(arguments.gguf)
@@ -221,7 +228,7 @@ def main() -> None:
                 "system": system,
             },
             "threads": arguments.threads,
-            **measure(Ours(backend), peer, arguments),
+            **measure(Ours(backend), peer, arguments, heldout),
         }
     show(result)
     write_json(arguments.json, result)

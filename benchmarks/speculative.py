@@ -5,7 +5,8 @@
 
 llama.cpp gets Q4_0, made from the same source, and speculates at its best: n-grams and, where a smaller model is given,
 a draft model (also Q4_0), each with the draft length and confidence that a sweep over some of the prompts finds
-fastest. Its times count its own calls and the choice of tokens. Greedy; rates are tokens over time of all answers.
+fastest. Its times count its own calls and the choice of tokens. Greedy; rates are tokens over time of all answers, and
+what is told of rounds (tokens a forward, drafts) leaves the forward out that reads the prompt, on either side.
 The category "random" needs no file: prompts of random characters.
 """
 
@@ -25,7 +26,8 @@ from deploy.formats.bundle import Bundle
 from deploy.runtime.cpu_backend import CpuBackend
 from deploy.runtime.drafters.base import Drafter
 from deploy.runtime.generation import GenerationOptions
-from deploy.runtime.modes import DrafterFactory, available_modes
+from deploy.runtime.measure import acceptance_json, after_prompts
+from deploy.runtime.modes import DrafterFactory, Mode, available_modes, require_possible
 from deploy.runtime.prompts import PromptRecord, read_prompts
 from deploy.runtime.session import Session
 from deploy.runtime.speculation import Speculation
@@ -44,11 +46,11 @@ class Ours:
     def __init__(self, bundle: Bundle, threads: int, tokens: int) -> None:
         self.session = Session.open(bundle, threads=threads)
         self.factory = DrafterFactory(bundle, self.session.backend, "cpu", threads)
-        self._options, self._drafters = GenerationOptions(tokens), dict[str, Drafter]()
+        self._options, self._drafters = GenerationOptions(tokens), dict[Mode, Drafter]()
 
-    def answer(self, mode: str, prompt: list[int]) -> Answer:
+    def answer(self, mode: Mode, prompt: list[int]) -> Answer:
         if mode not in self._drafters:
-            self._drafters[mode] = self.factory.make(mode)  # type: ignore[arg-type]
+            self._drafters[mode] = self.factory.make(mode)
         self.session.use(self._drafters[mode])
         found = self.session.generate(prompt, self._options)
         return {
@@ -92,21 +94,28 @@ def rates(answers: Sequence[Answer], plain: Sequence[Answer]) -> dict[str, Any]:
         "identical_to_plain": sum(a["tokens"] == p["tokens"] for a, p in zip(answers, plain, strict=True)),
     }
     if "speculation" in answers[0]:
-        total = Speculation.total(a["speculation"] for a in answers)
+        counts = after_prompts(Speculation.total(a["speculation"] for a in answers), len(answers))
         decode_ms = 1e3 * sum(a["decode_s"] for a in answers)
         found |= {
-            "tau": round(total.tau, 3),
-            "acceptance_by_position": [round(share, 3) for share in total.acceptance_by_position],
-            "drafted_per_round": round(total.drafted / total.rounds, 2),
-            "rounds": total.rounds,
-            "draft_ms": round(1e3 * total.draft_seconds / total.rounds, 3),
-            "other_share": round(1 - 1e3 * (total.draft_seconds + total.verify_seconds) / decode_ms, 4)
+            **acceptance_json(counts),
+            "rounds": counts.rounds,
+            "draft_ms": round(1e3 * counts.draft_seconds / max(counts.rounds, 1), 3),
+            "other_share": round(1 - 1e3 * (counts.draft_seconds + counts.verify_seconds) / decode_ms, 4)
             if decode_ms
             else None,
         }
     elif "rounds" in answers[0]:
-        found |= {"tau": round((tokens - len(answers)) / max(1, sum(a["rounds"] for a in answers)), 3)}
+        counts = Speculation(rounds=sum(a["rounds"] for a in answers), emitted=tokens - len(answers))
+        found |= {"tau": round(counts.tau, 4), "rounds": counts.rounds}
     return found
+
+
+def choose_modes(parser: argparse.ArgumentParser, names: Sequence[str] | None, bundle: Bundle) -> list[Mode]:
+    """The modes of these names; None: all that the bundle can do. Ends the program at one that it cannot."""
+    try:
+        return [require_possible(name, bundle) for name in (available_modes(bundle) if names is None else names)]
+    except ValueError as error:
+        parser.error(f"--modes: {error}")
 
 
 def choose_records(arguments: argparse.Namespace) -> list[PromptRecord]:
@@ -123,7 +132,10 @@ def choose_records(arguments: argparse.Namespace) -> list[PromptRecord]:
     return chosen
 
 
-def measure(arguments: argparse.Namespace, ours: Ours, peer: Peer | None, records: list[PromptRecord]) -> Answer:
+def measure(
+    arguments: argparse.Namespace, ours: Ours, peer: Peer | None, records: list[PromptRecord], modes: Sequence[Mode]
+) -> Answer:
+    """Way → its figures. modes: ours, "plain" among them, over which the others' figures are."""
     prompts = [ours.session.encode_chat([{"role": "user", "content": record.turns[0]}]) for record in records]
     ends = sorted(ours.session._eos)
 
@@ -132,7 +144,6 @@ def measure(arguments: argparse.Namespace, ours: Ours, peer: Peer | None, record
         found: Answer = peer.ask(name, tokens=prompt, count=arguments.tokens, ends=ends, **settings)
         return found
 
-    modes = arguments.modes or available_modes(ours.factory.bundle)
     ways: dict[str, Way] = {mode: lambda p, mode=mode: ours.answer(mode, p) for mode in modes}  # type: ignore[misc]
     result: Answer = {"sweeps": {}}
     if peer is not None:
@@ -170,8 +181,9 @@ def show(result: Answer) -> None:
         if name == "sweeps":
             continue
         tau = f"{found['tau']:.2f}" if "tau" in found else ""
+        ratio = f"{found['decode_tok_s'] / plain:.2f}" if plain else ""  # answers of one token have no rate
         print(
-            f"{name:22}{found['decode_tok_s']:13.1f}{found['e2e_tok_s']:12.1f}{found['decode_tok_s'] / plain:9.2f}"
+            f"{name:22}{found['decode_tok_s']:13.1f}{found['e2e_tok_s']:12.1f}{ratio:>9}"
             f"{tau:>7}{found['identical_to_plain']:>11}"
         )
 
@@ -183,7 +195,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="the bundle's source as a GGUF file; without it only we run")
     parser.add_argument("--peer-python", help="an interpreter that has llama-cpp-python")
     parser.add_argument("--peer-drafter", type=Path, help="a smaller model of the same tokenizer, as a GGUF file")
-    parser.add_argument("--modes", type=lambda text: text.split(","), help="ours; default: all that the bundle can do")
+    parser.add_argument("--modes", type=lambda text: text.split(","), help="ours beside plain; default: all")
     parser.add_argument("--categories", type=lambda text: text.split(","), default=list(MT_BENCH))
     parser.add_argument("--per-category", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=128)
@@ -191,12 +203,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     bundle, records = Bundle.open(arguments.bundle), choose_records(arguments)
+    modes: list[Mode] = ["plain", *(mode for mode in choose_modes(parser, arguments.modes, bundle) if mode != "plain")]
     ours = Ours(bundle, arguments.threads, arguments.tokens)
     assert isinstance(ours.session.backend, CpuBackend)
     with tempfile.TemporaryDirectory() as scratch:
         peer = open_peer(arguments, Path(scratch)) if arguments.gguf else None
         machine = fingerprint(ours.session.backend.runtime)
-        result = measure(arguments, ours, peer, records)
+        result = measure(arguments, ours, peer, records, modes)
     print()
     show(result)
     about = {"machine": machine, "bundle": arguments.bundle.name, "prompts": len(records), "tokens": arguments.tokens}

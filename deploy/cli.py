@@ -1,6 +1,7 @@
 """`python -m deploy`: the commands of deploy/commands/ on one command line.
 
-A mistake of the user's is one line on stderr and exit code 2; a bundle that fails verification is exit code 1.
+A mistake of the user's is one line on stderr and exit code 2, and no command at all the help there; a bundle that fails
+verification is exit code 1.
 """
 
 from __future__ import annotations
@@ -22,9 +23,17 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    no_args_is_help=True,
     help="Run and examine bundles.",
 )
+
+
+@app.callback(invoke_without_command=True)
+def _help_without_command(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
+
+
 for command in (generate, chat, bench, tune, inspect, verify):
     app.command()(command)
 

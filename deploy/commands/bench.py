@@ -20,7 +20,7 @@ from deploy.runtime.backends import BackendName
 from deploy.runtime.benchmark import BenchRequest
 from deploy.runtime.benchmark import bench as measure
 from deploy.runtime.generation import GenerationOptions
-from deploy.runtime.modes import DrafterFactory, Mode, available_modes, require_mode
+from deploy.runtime.modes import DrafterFactory, Mode, available_modes, require_possible
 from deploy.runtime.prompts import read_prompts
 from deploy.runtime.sampling import SamplingParams
 from deploy.runtime.session import Session
@@ -80,17 +80,12 @@ def bench(
 
 
 def _chosen_modes(names: str | None, bundle: Bundle, backend: BackendName) -> tuple[Mode, ...]:
-    """Raises ValueError for an unknown mode, and for one that the bundle cannot do."""
-    can = available_modes(bundle)
+    """Raises ValueError as `require_possible`."""
     if names is None and not is_fast(backend):
         return ("plain",)
     if names is None or names == "all":
-        return (*(mode for mode in can if mode != "auto"), "auto")
-    chosen = tuple(require_mode(name.strip()) for name in names.split(","))
-    for mode in chosen:
-        if mode not in can:
-            raise ValueError(f"mode={mode!r}: {bundle.path} lacks models for it; it can: {', '.join(can)}")
-    return chosen
+        return (*(mode for mode in available_modes(bundle) if mode != "auto"), "auto")
+    return tuple(require_possible(name.strip(), bundle) for name in names.split(","))
 
 
 def _require_identical(result: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from deploy.commands.terminal import speculation_line, stats_line, write
 from deploy.runtime.generation import Generation, GenerationOptions
 from deploy.runtime.modes import Mode
 from deploy.runtime.sampling import SamplingParams
-from deploy.runtime.session import Session
+from deploy.runtime.session import ContextError, Session
 
 PROMPT = "> "
 
@@ -60,7 +60,8 @@ def _answer(session: Session, messages: list[dict[str, str]], options: Generatio
         result = session.generate(session.encode_chat(messages), options, write)
     except ValueError as error:
         messages.pop()
-        typer.echo(f"error: {error}", err=True)
+        remedy = ", or start over with /new" if isinstance(error, ContextError) else ""
+        typer.echo(f"error: {error}{remedy}", err=True)
         return None
     write("\n")
     messages.append({"role": "assistant", "content": result.text})

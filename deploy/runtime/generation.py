@@ -17,7 +17,7 @@ from deploy.runtime.backend import Backend
 from deploy.runtime.drafters.base import Drafter, can_propose
 from deploy.runtime.sampling import SamplingParams
 from deploy.runtime.speculation import Speculation
-from deploy.runtime.text import IncrementalDecoder, StopFilter
+from deploy.runtime.text import IncrementalDecoder, StopFilter, whole_text
 from deploy.runtime.tree import Draft
 from deploy.runtime.verify import Job, Verified, verify
 
@@ -182,7 +182,7 @@ class Stream:
 
     def _decoded(self, token_ids: tuple[int, ...]) -> str:
         shown = token_ids[:-1] if self.finish_reason == "eos" else token_ids
-        return str(self._tokenizer.decode(list(shown), skip_special_tokens=True))
+        return whole_text(self._tokenizer, shown)
 
 
 def step(backend: Backend, drafter: Drafter, streams: Sequence[Stream], eos: frozenset[int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from deploy.formats.bundle import Bundle
@@ -42,14 +42,35 @@ def require_mode(name: str) -> Mode:
 @dataclass(frozen=True)
 class DraftOptions:
     """Sizes of drafts; None takes the mode's own. depth, width, num_nodes: as in TreeLimits; of a cascade they shape
-    the inner drafts, min_draft_length the draft for the target. A lookup drafts up to `depth` tokens."""
+    the inner drafts, min_draft_length the draft for the target. A lookup drafts up to `depth` tokens.
+
+    Raises ValueError for a size below 1.
+    """
 
     depth: int | None = None
     width: int | None = None
     num_nodes: int | None = None
     min_draft_length: int | None = None
 
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} is out of range; use 1 or more")
 
+
+_TREE = ("depth", "width", "num_nodes")
+_SIZES: dict[Mode, tuple[str, ...]] = {
+    "auto": (),
+    "plain": (),
+    "lookup": ("depth",),
+    "chain": _TREE,
+    "eagle": _TREE,
+    "eagle-tree": _TREE,
+    "opt-tree": _TREE,
+    "cascade": (*_TREE, "min_draft_length"),
+    "cascade-lookup": ("depth", "min_draft_length"),
+}
+"""What of DraftOptions a mode takes: auto chooses sizes itself, and plain drafts nothing."""
 _DEFAULTS: dict[Mode, TreeLimits] = {
     "chain": TreeLimits(depth=3, width=1, num_nodes=3),
     "eagle": TreeLimits(depth=4, width=1, num_nodes=4, min_probability=0.1),
@@ -66,6 +87,28 @@ def available_modes(bundle: Bundle) -> tuple[Mode, ...]:
     return tuple(mode for mode in MODES if roles.issuperset(NEEDS[mode]))
 
 
+def require_possible(name: str, bundle: Bundle, options: DraftOptions | None = None) -> Mode:
+    """`name` as a mode that `bundle` can do with such drafts; no model is loaded.
+
+    Raises ValueError for an unknown mode, one that the bundle lacks components for, and sizes that it does not take.
+    """
+    mode, possible = require_mode(name), available_modes(bundle)
+    if mode not in possible:
+        roles = {component.role for component in bundle.manifest.components}
+        missing = [role for role in NEEDS[mode] if role not in roles]
+        raise ValueError(
+            f"mode={mode!r} needs {' and '.join(missing)}, which {bundle.path} does not have; "
+            f"it can: {', '.join(possible)}"
+        )
+    sizes = {size: value for size, value in asdict(options or DraftOptions()).items() if value is not None}
+    if unknown := [f"{size}={value}" for size, value in sizes.items() if size not in _SIZES[mode]]:
+        known = ", ".join(_SIZES[mode]) or "no sizes of drafts"
+        raise ValueError(
+            f"mode={mode!r} does not take {', '.join(unknown)}: it takes {known}; leave others out, or change the mode"
+        )
+    return mode
+
+
 class DrafterFactory:
     """Makes the drafters of a bundle; models that several of them use are loaded once.
 
@@ -80,16 +123,9 @@ class DrafterFactory:
         self._heads: dict[str, DraftModel] = {}
 
     def make(self, mode: Mode, options: DraftOptions | None = None) -> Drafter:
-        """The drafter of `mode`. Raises ValueError for a mode that the bundle lacks components for."""
-        missing = [role for role in NEEDS[mode] if role not in self._roles()]
-        if missing:
-            raise ValueError(
-                f"mode={mode!r} needs {' and '.join(missing)}, which {self.bundle.path} does not have; "
-                f"it can: {', '.join(available_modes(self.bundle))}"
-            )
+        """The drafter of `mode`. Raises ValueError as `require_possible`, and for a size that is too large."""
+        require_possible(mode, self.bundle, options)
         if mode == "auto":
-            if options not in (None, DraftOptions()):
-                raise ValueError("mode='auto' chooses the sizes of drafts itself; name another mode, or no sizes")
             from deploy.runtime.auto_mode import auto_drafter, machine_costs
 
             return auto_drafter(self, machine_costs(self))
@@ -145,13 +181,10 @@ class DrafterFactory:
             self._heads[role] = open_head(self.bundle.head(role, above.shape), above, threads=self._threads)
         return self._heads[role]
 
-    def _roles(self) -> set[str]:
-        return {component.role for component in self.bundle.manifest.components}
-
 
 def _lookup(options: DraftOptions) -> LookupDrafter:
     if options.depth is None:
         return LookupDrafter()
-    if not 1 <= options.depth <= MOST_NODES:
+    if options.depth > MOST_NODES:
         raise ValueError(f"depth={options.depth} is out of range; a lookup drafts 1 … {MOST_NODES} tokens")
     return LookupDrafter(dict.fromkeys(NUM_TOKENS, options.depth))

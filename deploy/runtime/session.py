@@ -15,20 +15,30 @@ from deploy.runtime.devices import DeviceName, bundle_bytes, choose_backend
 from deploy.runtime.drafters.base import Drafter
 from deploy.runtime.drafters.none import NoDrafter
 from deploy.runtime.generation import Generation, GenerationOptions, Request, Stream, go_back, step
-from deploy.runtime.modes import DrafterFactory, DraftOptions, Mode
+from deploy.runtime.modes import DrafterFactory, DraftOptions, Mode, require_possible
 from deploy.runtime.scheduler import Scheduler, shared_length
 
 CHAT_SEQUENCE = 0
 """The sequence of single answers, whose cache is kept for the next turn; `generate_many` uses those above it."""
 
 
-def open_tokenizer(bundle: Bundle) -> Tokenizer:
-    """The bundle's tokenizer. Raises BundleError when tokenizer.json does not load."""
+class ContextError(ValueError):
+    """A prompt and its answer that do not fit the model's context."""
+
+
+def open_tokenizer(bundle: Bundle, vocab_size: int) -> Tokenizer:
+    """The bundle's tokenizer, whose tokens a model with a vocabulary of `vocab_size` can read.
+
+    Raises BundleError when tokenizer.json does not load or has more tokens.
+    """
     path = bundle.path / "tokenizer.json"
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises plain Exception
         raise BundleError(f"{path}: does not load: {error}") from error
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise BundleError(f"{path}: has {tokenizer.get_vocab_size()} tokens, the target's vocabulary {vocab_size}")
+    return tokenizer
 
 
 class Session:
@@ -77,14 +87,10 @@ class Session:
         backend: "auto" is the GPU where it can be used, else the CPU. Raises ValueError naming file and reason when
         something does not fit, or the bundle cannot do `mode`, and DeviceError for a GPU that cannot be used.
         """
+        require_possible(mode, bundle, drafts)  # before anything is loaded
         chosen = choose_backend(backend, bundle_bytes(bundle))
         directory = bundle.model("target")
-        tokenizer = open_tokenizer(bundle)
-        if tokenizer.get_vocab_size() > directory.shape.vocab_size:
-            raise BundleError(
-                f"{bundle.path / 'tokenizer.json'}: has {tokenizer.get_vocab_size()} tokens, "
-                f"the target's vocabulary {directory.shape.vocab_size}"
-            )
+        tokenizer = open_tokenizer(bundle, directory.shape.vocab_size)
         opened = open_backend(chosen, directory, threads=threads)
         drafter = DrafterFactory(bundle, opened, chosen, threads).make(mode, drafts)
         return cls(opened, tokenizer, bundle.chat_template(), directory.eos_token_ids, drafter)
@@ -104,7 +110,7 @@ class Session:
             raise ValueError("the prompt has no tokens; give some text")
         if len(prompt) + max_tokens > shape.context_length:
             window = f" (its sliding window is {shape.sliding_window})" if shape.sliding_window else ""
-            raise ValueError(
+            raise ContextError(
                 f"prompt of {len(prompt)} tokens + max_tokens={max_tokens} exceeds the model's context of "
                 f"{shape.context_length}{window}; shorten the prompt or lower max_tokens"
             )

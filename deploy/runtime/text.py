@@ -10,7 +10,7 @@ _REPLACEMENT = "\ufffd"
 
 
 class IncrementalDecoder:
-    """Turns tokens into text piece by piece; the pieces joined are the decoding of all tokens.
+    """Turns tokens into text piece by piece; the pieces joined are `whole_text` of all tokens.
 
     A character may span several tokens: text that ends in an incomplete one is held back.
     """
@@ -24,22 +24,41 @@ class IncrementalDecoder:
     def _decode(self, begin: int, end: int) -> str:
         return str(self._tokenizer.decode(self._tokens[begin:end], skip_special_tokens=True))
 
+    def _held(self) -> str:
+        """What follows the text that was given out."""
+        known = self._decode(self._context, self._emitted)
+        text = self._decode(self._context, len(self._tokens))
+        if text.startswith(known):
+            return text[len(known) :]
+        return self._decode(self._emitted, len(self._tokens))  # known characters were given up for an incomplete one
+
     def push(self, token: int) -> str:
         """The text that `token` completes; often one piece, sometimes empty."""
         self._tokens.append(token)
-        known = self._decode(self._context, self._emitted)
-        text = self._decode(self._context, len(self._tokens))
-        if len(text) <= len(known) or text.endswith(_REPLACEMENT):
+        held = self._held()
+        if not held or held.endswith(_REPLACEMENT):
             return ""
         self._context, self._emitted = self._emitted, len(self._tokens)
-        return text[len(known) :]
+        return held
 
     def flush(self) -> str:
         """What is still held back: an incomplete character, as replacement characters."""
-        known = self._decode(self._context, self._emitted)
-        text = self._decode(self._context, len(self._tokens))
+        held = self._held()
         self._context = self._emitted = len(self._tokens)
-        return text[len(known) :]
+        return held
+
+
+def whole_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """The text of all tokens: their decoding, where every character in it is complete.
+
+    Beside an incomplete one, a tokenizer with bytes to fall back on gives up complete ones, which a listener was given
+    when they came; the text is then what a listener was given.
+    """
+    text = str(tokenizer.decode(list(tokens), skip_special_tokens=True))
+    if _REPLACEMENT not in text:
+        return text
+    decoder = IncrementalDecoder(tokenizer)
+    return "".join([*map(decoder.push, tokens), decoder.flush()])
 
 
 class StopFilter:

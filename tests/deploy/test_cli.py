@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
 
 from deploy.cli import run
+from deploy.formats.bundle import MANIFEST, write_manifest
+from tests.deploy.conftest import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -265,7 +268,7 @@ def test_inspect_shows_the_modes_and_the_plan(capsys, tiny, tmp_path):
         ('{"prompt": "a"}', ("--temperature", "-1"), "temperature=-1.0"),
         ('{"prompt": "a"}', ("--repeats", "0"), "--repeats"),
         ('{"prompt": "a"}', ("--modes", "plain,dance"), "mode='dance' is not known; use auto, plain"),
-        ('{"prompt": "a"}', ("--modes", "eagle"), "mode='eagle': .* it can: auto, plain, lookup"),
+        ('{"prompt": "a"}', ("--modes", "eagle"), "mode='eagle' needs eagle-target, .* it can: auto, plain, lookup"),
         ('{"prompt": "a"}', ("--modes", ""), "mode='' is not known"),
         ('{"prompt": "a"}', ("--synthetic-acceptance", "0.5,1.2"), "synthetic acceptance 1.2 is out of range"),
         ('{"prompt": "a"}', ("--synthetic-acceptance", "-0.1"), "synthetic acceptance -0.1 is out of range"),
@@ -300,6 +303,31 @@ def test_verify_names_every_problem_and_exits_with_1(capsys, bundle):
     assert "2 problems" in err
 
 
+@pytest.mark.parametrize("fault", ["no tokenizer", "more tokens than the model"])
+def test_verify_refuses_a_tokenizer_that_the_runtime_refuses(capsys, bundle, fault):
+    path, tokenizer = bundle / "tokenizer.json", byte_tokenizer()
+    if fault == "no tokenizer":
+        path.write_text("{}")
+    else:
+        tokenizer.add_tokens([f"<x{number}>" for number in range(50)])
+        tokenizer.save(str(path))
+    (bundle / MANIFEST).unlink()
+    write_manifest(bundle, name="tiny", components={"target": "target"}, provenance={}, licence="x")
+    code, out, err = call(capsys, "verify", bundle)
+    assert (code, out) == (1, "")
+    (problem, count) = err.splitlines()
+    assert count.endswith("1 problem")
+    assert problem.startswith(f"{path}: ")
+    assert call(capsys, "generate", bundle, "-p", "x")[2] == f"error: {problem}\n"
+
+
+def test_without_a_command_the_help_appears_as_it_is(capsys):
+    code, out, err = call(capsys)
+    assert (code, out) == (2, "")
+    assert err == call(capsys, "--help")[1]
+    assert "\nCommands:\n  generate " in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -321,7 +349,10 @@ def test_verify_names_every_problem_and_exits_with_1(capsys, bundle):
         (["chat", "{bundle}", "--mode", "dance"], "mode='dance' is not known"),
         (["generate", "{bundle}", "-p", "x", "--mode", "chain"], "needs intermediate"),
         (["generate", "{bundle}", "-p", "x", "--mode", "eagle"], "does not have; it can: auto, plain, lookup"),
-        (["generate", "{bundle}", "-p", "x", "--depth", "3"], "'auto' chooses the sizes of drafts itself"),
+        (["generate", "{bundle}", "-p", "x", "--depth", "3"], "mode='auto' does not take depth=3"),
+        (["chat", "{bundle}", "--mode", "plain", "--nodes", "99"], "mode='plain' does not take num_nodes=99"),
+        (["generate", "{bundle}", "-p", "x", "--mode", "lookup", "--width", "77"], "width=77: it takes depth"),
+        (["generate", "{bundle}", "-p", "x", "--min-draft-length", "-7"], "min_draft_length=-7 is out of range"),
         (["generate", "{bundle}", "-p", "x", "--mode", "lookup", "--depth", "-3"], "depth=-3 is out of range"),
         (["tune", "/nowhere/at/all"], "no such directory"),
         (["dance"], "dance"),
@@ -385,4 +416,17 @@ def test_a_chat_turn_that_does_not_fit_is_taken_back(monkeypatch, capsys, bundle
     code, out, err = talk(monkeypatch, capsys, bundle, "x" * 200 + "\nHi\n")
     _, once, _ = talk(monkeypatch, capsys, bundle, "Hi\n")
     assert (code, out) == (0, once)
-    assert "context" in err
+    assert re.search("context of 128; .*, or start over with /new$", err.strip())
+
+
+def test_a_character_that_is_cut_off_is_the_same_in_the_stream_and_in_json(monkeypatch, capsys, bundle):
+    """Tokens that stand for the bytes of a character, one by one, and a decoder that gives up whole runs of them."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"<unk>": 256}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    monkeypatch.setattr("deploy.runtime.session.open_tokenizer", lambda *_: tokenizer)
+    arguments = ["generate", bundle, "-p", "Hi", "--raw", "-n", "60", "--temperature", "2", "--mode", "plain"]
+    code, text, _ = call(capsys, *arguments)
+    assert code == 0
+    assert "\ufffd" in text
+    assert json.loads(call(capsys, *arguments, "--json")[1])["text"] + "\n" == text

@@ -1,8 +1,9 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
-from deploy.runtime.text import IncrementalDecoder, StopFilter
+from deploy.runtime.text import IncrementalDecoder, StopFilter, whole_text
 
 
 @given(st.text(max_size=30))
@@ -28,6 +29,52 @@ def test_any_tokens_even_broken_ones_join_to_the_whole_decoding(tiny, tokens):
     decoder = IncrementalDecoder(tokenizer)
     pieces = "".join(decoder.push(token) for token in tokens) + decoder.flush()
     assert pieces == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def fallback_tokenizer():
+    """As SentencePiece's: bytes for what it has no token for, and a decoder that replaces whole runs of them."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁Hi"]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def in_pieces(tokenizer, tokens):
+    decoder = IncrementalDecoder(tokenizer)
+    return "".join([*map(decoder.push, tokens), decoder.flush()])
+
+
+def tokens_of(*parts):
+    """Bytes, and names of tokens."""
+    tokenizer = fallback_tokenizer()
+    return [
+        token
+        for part in parts
+        for token in ([1 + byte for byte in part] if isinstance(part, bytes) else [tokenizer.token_to_id(part)])
+    ]
+
+
+@pytest.mark.parametrize("end", [[], ["a"]])
+def test_a_complete_character_stays_beside_an_incomplete_one(end):
+    tokens = tokens_of("▁Hi", "你".encode(), "好".encode()[:1], *end)
+    text = "Hi你\ufffd" + "".join(end)
+    assert in_pieces(fallback_tokenizer(), tokens) == text
+    assert whole_text(fallback_tokenizer(), tokens) == text
+
+
+PARTS = st.sampled_from(["▁", "a", "▁Hi", "你".encode(), "é".encode(), "你".encode()[:2], b"\xff", b"\xa0"])
+
+
+@given(st.lists(PARTS, max_size=9))
+@settings(max_examples=300, deadline=None)
+def test_the_whole_text_is_the_pieces_and_where_nothing_is_broken_the_decoding(parts):
+    tokenizer, tokens = fallback_tokenizer(), tokens_of(*parts)
+    decoded = tokenizer.decode(tokens)
+    found = whole_text(tokenizer, tokens)
+    assert found == in_pieces(tokenizer, tokens)
+    assert "\ufffd" in decoded or found == decoded
 
 
 @given(
