@@ -45,6 +45,8 @@ ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
+PLACES = ("store", "bundles", "path", "dataset", "initial")
+"""Keys of the configuration that may name a file or a directory."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 GraphBuilder = Callable[[Config], list[Stage]]
@@ -114,12 +116,25 @@ def _task(config: DictConfig) -> None:
         os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(config.threads)))
     from pipeline.stages.graph import build_graph
 
+    expand_home(config)
     try:
         run_config(cast(Config, config), Path(HydraConfig.get().runtime.output_dir), build_graph)
     except Exception as error:
         if _is_debug() or not is_user_error(error):
             raise
         _fail(one_line(error), EXIT_USER)  # SystemExit: Hydra adds no lines of its own
+
+
+def expand_home(config: DictConfig) -> None:
+    """`~` in files and directories of the configuration, in place: no shell expands it behind `store=`."""
+    for key in config:
+        if OmegaConf.is_missing(config, key) or OmegaConf.is_interpolation(config, str(key)):
+            continue
+        value = config[key]
+        if isinstance(value, DictConfig):
+            expand_home(value)
+        elif key in PLACES and isinstance(value, str) and value.startswith("~"):
+            config[key] = str(Path(value).expanduser())
 
 
 def _is_debug() -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -110,16 +109,7 @@ class EagleHeadConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-@dataclass
-class NoEagleConfig:
-    """`conf/eagle/none.yaml`: no head for the target."""
-
-    method: str = "none"
-
-
 def register() -> None:
     """Make the schemas known to Hydra under the names that the group files use."""
     store = ConfigStore.instance()
-    nodes: dict[str, Any] = {"head_schema": EagleHeadConfig, "none_schema": NoEagleConfig}
-    for name, node in nodes.items():
-        store.store(group="eagle", name=name, node=node)
+    store.store(group="eagle", name="head_schema", node=EagleHeadConfig)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -26,16 +25,7 @@ class EvaluateConfig:
     temperature: float = MISSING
 
 
-@dataclass
-class NoEvaluateConfig:
-    """`conf/evaluate/none.yaml`: the bundle has no plan."""
-
-    method: str = "none"
-
-
 def register() -> None:
     """Make the schemas known to Hydra under the names that the group files use."""
     store = ConfigStore.instance()
-    nodes: dict[str, Any] = {"evaluate_schema": EvaluateConfig, "none_schema": NoEvaluateConfig}
-    for name, node in nodes.items():
-        store.store(group="evaluate", name=name, node=node)
+    store.store(group="evaluate", name="evaluate_schema", node=EvaluateConfig)

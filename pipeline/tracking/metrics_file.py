@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import platform
@@ -15,15 +16,19 @@ import psutil
 
 METRICS_NAME = "metrics.jsonl"
 
+logger = logging.getLogger(__name__)
+
 
 class MetricsFile:
     """Appends what a run reports to `<run_dir>/metrics.jsonl`.
 
-    Every line has `time` (ISO 8601, UTC) and `event`: start, log, summary, artifact or finish.
+    Every line has `time` (ISO 8601, UTC) and `event`: start, log, summary, artifact or finish. A line that cannot be
+    written is lost, which the first one says.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / METRICS_NAME
+        self._has_warned = False
 
     def start_run(self, config: dict[str, Any]) -> None:
         """First line: configuration and machine."""
@@ -50,8 +55,13 @@ class MetricsFile:
 
     def _write(self, fields: dict[str, Any]) -> None:
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **fields}
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        except OSError as error:
+            if not self._has_warned:
+                logger.warning("%s cannot be written (%s); the run goes on without it", self.path, error)
+            self._has_warned = True
 
 
 def system_info() -> dict[str, Any]:

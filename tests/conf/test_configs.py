@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.cli import config_directory
+from pipeline.cli import config_directory, expand_home
 from pipeline.schema import register
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -73,6 +73,13 @@ def test_every_choice_composes_with_no_value_missing(composed: Compose, choice: 
     }
 
 
+@pytest.mark.parametrize("experiment", [c for c in CHOICES if c.startswith("experiment/")])
+@pytest.mark.parametrize("part", ["eagle", "intermediate", "eagle@eagle_intermediate", "evaluate"])
+def test_every_experiment_composes_without_one_of_its_parts(composed: Compose, experiment: str, part: str) -> None:
+    config = composed(override(experiment), f"{part}=none", *NEEDED.get(experiment, []))
+    assert config[part.rpartition("@")[2]]["method"] == "none"
+
+
 @pytest.mark.parametrize("method", [c for c in CHOICES if c.startswith("quantize/")])
 @pytest.mark.parametrize("comparison", [c for c in CHOICES if c.startswith("quality/")])
 def test_every_method_composes_with_every_comparison(composed: Compose, method: str, comparison: str) -> None:
@@ -80,6 +87,16 @@ def test_every_method_composes_with_every_comparison(composed: Compose, method: 
     assert config["quantize"]["method"] == method.removeprefix("quantize/")
     for variant in config["quality"]["variants"].values():
         assert f"quantize/{variant['method']}" in CHOICES
+
+
+def test_a_home_directory_is_found_in_every_place(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    places = ["store=~/a", "generate.prompts.path=~/b", "eagle.initial=~/c", "calibrate.text.dataset=~/d", "name=~e"]
+    config: Any = OmegaConf.create(composed(*places))
+    expand_home(config)
+    found = (config.store, config.generate.prompts.path, config.eagle.initial, config.calibrate.text.dataset)
+    assert found == ("/home/me/a", "/home/me/b", "/home/me/c", "/home/me/d")
+    assert (config.name, config.bundles) == ("~e", "bundles")
 
 
 @pytest.mark.parametrize("name", FILES)

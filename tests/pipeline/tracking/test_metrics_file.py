@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from pipeline.tracking import MetricsFile, Trackers
 
@@ -33,3 +36,17 @@ def test_a_second_tracker_gets_the_same_calls(tmp_path: Path) -> None:
         "failed",
         "failed",
     ]
+
+
+def test_a_directory_that_goes_away_costs_the_lines_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    metrics = MetricsFile(run_dir)
+    metrics.finish("finished")
+    shutil.rmtree(run_dir)
+    with caplog.at_level(logging.WARNING):
+        metrics.log("train", {"loss": 1.0}, 1)
+        metrics.log("train", {"loss": 1.0}, 2)
+    assert [record.getMessage().count("the run goes on without it") for record in caplog.records] == [1]
