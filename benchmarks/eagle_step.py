@@ -27,7 +27,7 @@ from deploy.formats.architectures import ModelShape
 from deploy.formats.eagle_config import EagleConfig
 from deploy.kernels.cpu.threads import choose_threads
 from deploy.runtime.machine import describe_machine
-from train.eagle.distillation import Teacher
+from train.distillation import Teacher
 from train.eagle.head import EagleHead
 from train.eagle.objective import TrainingTimeTest
 from train.loop.batches import Batch, pack

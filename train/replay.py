@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from train.eagle.chains import Chains
+from train.chains import Chains
 from train.loop.batches import Batch, pack
 
 TOKENS_PER_BATCH = 2048

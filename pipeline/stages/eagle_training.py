@@ -21,14 +21,14 @@ from deploy.formats.speculators import EagleDirectory
 from deploy.runtime.cpu_backend import CpuBackend
 from pipeline.graph import BuildContext
 from pipeline.report.drafter import summary_line
+from pipeline.stages.drafter_inputs import count_vocabulary, read_heldout, read_owner
 from pipeline.stages.eagle import HEAD, HISTORY, feature_layers
-from pipeline.stages.eagle_history import history, write_history
-from pipeline.stages.eagle_inputs import count_vocabulary, read_heldout, read_owner
 from pipeline.stages.eagle_measure import Measured, measure_sizes, write_head
 from pipeline.stages.features import RuntimeFeatures, compare_features
 from pipeline.stages.intermediate import MEASURED
 from pipeline.stages.served_form import SERVED_FORM, read_bytes
 from pipeline.stages.training import remove_traces, run_training, train_settings
+from pipeline.stages.training_history import history, write_history
 from train.data.conversations import Conversation, read_conversations
 from train.eagle.head import EagleHead
 from train.eagle.initial import make_teacher, start_from_head, start_from_target, target_embedding

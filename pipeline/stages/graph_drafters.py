@@ -21,6 +21,7 @@ from compress.target.sources import Source, find_source
 from deploy.formats.architectures import ModelShape
 from pipeline.graph import Stage, lazy
 from pipeline.stages import eagle, generate, intermediate, quantize_check
+from pipeline.stages.drafter_checks import check_heldout
 from pipeline.stages.export_drafter import CONFIGS
 from pipeline.stages.graph_models import TORCH, VERSIONS, quantize_stage, target_stage
 
@@ -75,7 +76,7 @@ def _head(plain: dict[str, Any], role: str, read_shape: Callable[[], ModelShape]
 
     def check(_keyed: dict[str, Any]) -> None:
         eagle.check(config, read_shape, key)
-        eagle.check_heldout(plain["generate"])
+        check_heldout(plain["generate"])
         eagle.check_place(config, key, Path(plain["bundles"]) / plain["name"])
 
     return Stage(
@@ -170,7 +171,7 @@ def _called(key: str) -> Iterator[None]:
 def _check_intermediate(plain: dict[str, Any], source: Source, target_source: Source) -> None:
     shapes = _shapes(source, target_source)
     intermediate.check(plain["intermediate"], *shapes)
-    eagle.check_heldout(plain["generate"])
+    check_heldout(plain["generate"])
     if source is not target_source:
         read = lazy("compress.target.inspect:read_vocabulary")
         with _called(SOURCE_KEY):

@@ -12,7 +12,7 @@ from typing import Any
 from deploy.formats.architectures import ModelShape
 from pipeline.graph import BuildContext
 from pipeline.stages import text_sources
-from pipeline.stages.eagle import check_vocabulary, check_worth
+from pipeline.stages.drafter_checks import check_vocabulary, check_worth
 from pipeline.stages.training import check_training, keyed_settings, unkeyed_settings
 from train.intermediate.shapes import Sizes, choose_layers, layers_shape, random_shape
 

@@ -24,7 +24,7 @@ from deploy.runtime.backend import SEQUENCE_END, Row
 from deploy.runtime.cpu_backend import CpuBackend
 from pipeline.graph import BuildContext
 from pipeline.report.drafter import summary_line
-from pipeline.stages.eagle_inputs import read_heldout, read_owner
+from pipeline.stages.drafter_inputs import read_heldout, read_owner
 from pipeline.stages.eagle_measure import share_of_rounds
 from pipeline.stages.intermediate import MEASURED, MODEL, RECORD, VOCABULARY
 from pipeline.stages.served_form import read_bytes

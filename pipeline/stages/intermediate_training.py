@@ -19,10 +19,10 @@ import numpy.typing as npt
 from deploy.formats.model_dir import ModelDirectory
 from pipeline.graph import BuildContext
 from pipeline.stages.assemble import TOKENIZER_FILES
-from pipeline.stages.eagle_history import history, write_history
-from pipeline.stages.eagle_inputs import count_vocabulary, read_heldout
+from pipeline.stages.drafter_inputs import count_vocabulary, read_heldout
 from pipeline.stages.intermediate import HISTORY, MODEL, RECORD, VOCABULARY, needs_teacher, planned_layers, sizes
 from pipeline.stages.training import remove_traces, run_training, train_settings
+from pipeline.stages.training_history import history, write_history
 from train.data.conversations import Conversation, read_conversations
 from train.features import FeatureSource
 from train.intermediate.adapters import AdapterSizes, add_adapters, merge

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.graph import BuildContext
-from pipeline.stages.eagle_history import LossLog
+from pipeline.stages.training_history import LossLog
 
 if TYPE_CHECKING:
     from train.features import FeatureSource

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.eagle.chains import Chains, Segment
-from train.eagle.elementwise import accumulator_dtype
+from train.chains import Chains, Segment
+from train.elementwise import accumulator_dtype
 
 
 def attend(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deploy.formats.model_dir import ModelDirectory
 from deploy.formats.speculators import EagleDirectory
-from train.eagle.distillation import Teacher
+from train.distillation import Teacher
 from train.eagle.head import EagleHead
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train.eagle.chains import Chains, find_chains
-from train.eagle.distillation import Drafts, Teacher, distill
+from train.chains import Chains, find_chains
+from train.distillation import Drafts, Teacher, distill
 from train.eagle.head import EagleHead
 from train.eagle.unroll import unroll
 from train.loop.batches import Batch

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.eagle.chains import Chains, find_chains
+from train.chains import Chains, find_chains
 from train.eagle.head import EagleHead
 from train.eagle.objective import read_columns
 from train.eagle.unroll import unroll

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from train.chains import Chains
 from train.eagle.attention import attend
-from train.eagle.chains import Chains
-from train.eagle.elementwise import rms_normalize, rotate, swiglu
 from train.eagle.head import EagleHead
 from train.eagle.rope import rope_tables
+from train.elementwise import rms_normalize, rotate, swiglu
 from train.loop.batches import Batch
 from train.products import linear
 

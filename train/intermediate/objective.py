@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train.eagle.distillation import Drafts, Teacher, distill
+from train.distillation import Drafts, Teacher, distill
 from train.intermediate.cross_entropy import score_tokens
 from train.intermediate.language_model import LanguageModel
 from train.loop.batches import Batch

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from train.eagle.chains import Chains, find_chains
+from train.chains import Chains, find_chains
 from train.intermediate.cross_entropy import LOGITS_PER_SLICE, MIN_ROWS
 from train.intermediate.language_model import LanguageModel
 from train.intermediate.objective import DraftVocabulary

@@ -13,7 +13,7 @@ from deploy.kernels.reference.model import ReferenceBackend
 from deploy.runtime.backend import Row
 from deploy.runtime.sampling import SamplingParams
 from deploy.runtime.tree import TreeLimits
-from train.eagle.chains import find_chains
+from train.chains import find_chains
 from train.eagle.head import EagleHead
 from train.eagle.unroll import unroll
 from train.loop.batches import Batch

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from train.chains import Chains, find_chains
 from train.eagle.attention import attend
-from train.eagle.chains import Chains, find_chains
 
 
 def inputs(chains: Chains, num_tokens: int, num_own: int) -> list[Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.eagle_plain import PlainBatch, PlainEagle, plain_loss
-from train.eagle.chains import find_chains
+from train.chains import find_chains
 from train.eagle.head import EagleHead
 from train.eagle.objective import TrainingTimeTest, read_columns
 from train.loop.batches import Batch

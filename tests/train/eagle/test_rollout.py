@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear, rms_norm, silu
 
-from train.eagle.chains import find_chains
+from train.chains import find_chains
 from train.eagle.head import EagleHead
 from train.eagle.rollout import HeldOut
 from train.eagle.rope import rope_tables

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from deploy.formats.eagle_config import EagleConfig
 from deploy.formats.model_dir import ModelDirectory
-from train.eagle.distillation import Teacher
+from train.distillation import Teacher
 from train.eagle.head import EagleHead
 from train.eagle.initial import make_teacher, start_from_target, target_embedding
 from train.eagle.objective import TrainingTimeTest

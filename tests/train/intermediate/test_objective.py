@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.eagle.distillation import Teacher
+from train.distillation import Teacher
 from train.intermediate.objective import Distribution, Tokens
 from train.loop.batches import Batch
 

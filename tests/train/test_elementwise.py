@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn import functional
 
-from train.eagle.elementwise import rms_normalize, rotate, swiglu
+from train.elementwise import rms_normalize, rotate, swiglu
 
 
 def random(*size: int, seed: int = 0) -> Tensor:

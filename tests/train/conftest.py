@@ -10,7 +10,7 @@ import torch
 
 from deploy.formats.architectures import ModelShape
 from deploy.formats.eagle_config import EagleConfig
-from train.eagle.distillation import Teacher
+from train.distillation import Teacher
 from train.eagle.head import EagleHead
 from train.eagle.objective import TrainingTimeTest
 from train.loop.batches import Batch

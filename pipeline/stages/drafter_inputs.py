@@ -1,4 +1,4 @@
-"""What the eagle stage reads besides weights: whose head it will be, conversations, counts of tokens."""
+"""What training a drafter reads besides weights: whose it will be, conversations, counts of tokens."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from train.eagle.chains import find_chains
+from train.chains import find_chains
 from train.loop.batches import Batch
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from train.eagle.elementwise import rms_normalize
+from train.elementwise import rms_normalize
 from train.products import linear, product_dtype
 from train.sliced_head import head_loss
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.eagle import distillation
-from train.eagle.distillation import Drafts, Teacher, distill
+from train import distillation
+from train.distillation import Drafts, Teacher, distill
 
 
 def make_drafts(dtype: torch.dtype = torch.float64, num_drafts: int = 37) -> tuple[Drafts, Tensor, Teacher]:

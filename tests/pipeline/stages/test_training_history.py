@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.stages.eagle_history import POINTS, LossLog, history, write_history
+from pipeline.stages.training_history import POINTS, LossLog, history, write_history
 from train.loop.state import Evaluation
 
 

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pipeline.manifest import FileEntry
-from pipeline.stages.eagle_inputs import count_vocabulary, read_heldout, read_owner
+from pipeline.stages.drafter_inputs import count_vocabulary, read_heldout, read_owner
 from train.data.conversations import Conversation, Kept, to_line
 
 TEMPLATE = "{{ messages[0]['content'] }}"
