@@ -38,6 +38,7 @@ def build(context: BuildContext) -> None:
     rows = quality_rows(context)
     stats = _read_json(context.inputs["quantize"] / "stats.json")
     source = _read_json(context.inputs["target"] / "source.json")
+    source["licence"] = context.config["licence"] or source["licence"]
     obstacle = _vllm_obstacle(bundle / "target")
     provenance = {**_provenance(context, source), "vllm": {"loads": obstacle is None, "obstacle": obstacle}}
     facts = _facts(context, rows, stats, source, provenance, drafters=drafters, evaluation=evaluation)

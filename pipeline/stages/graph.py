@@ -35,7 +35,7 @@ def build_graph(config: Config) -> list[Stage]:
     """
     plain = cast(dict[str, Any], OmegaConf.to_container(cast(DictConfig, config), resolve=True, enum_to_str=True))
     source = find_source(*(plain["target"][key] for key in ("kind", "path", "package", "revision")))
-    target = target_stage(plain["target"], source)
+    target = target_stage(source)
     samples = calibrate_stage(plain["calibrate"], plain["seed"], target)
     methods = {"": plain["quantize"], **_variants(plain, source)}
     qualities = {}
@@ -91,6 +91,7 @@ def _export(plain: dict[str, Any], target: Stage, qualities: dict[str, Stage], m
         "name": name,
         "methods": {role_of("quantize", name): s.config for name, s in quantized.items()},
         "min_acceptance": least_acceptance(plain, more),
+        "licence": plain["target"]["licence"],
     }
     return Stage(
         name="export",

@@ -155,7 +155,7 @@ def _start(initial: dict[str, Any], target_source: Source, known: dict[str, Stag
         with _called(SOURCE_KEY):
             lazy("compress.target.inspect:check_source")(source)
 
-    stage = target_stage({"licence": None}, source, "intermediate-source")
+    stage = target_stage(source, "intermediate-source")
     return source, {**inputs, "source": replace(stage, check=check)}
 
 

@@ -29,13 +29,13 @@ METHOD_REVISIONS = {"smoothquant": 1, "flattenquant": 2}
 """Added to VERSIONS["quantize"], so that a change to one method leaves the others' models as they are."""
 
 
-def target_stage(config: dict[str, Any], source: Source, instance: str = "target") -> Stage:
+def target_stage(source: Source, instance: str = "target") -> Stage:
     """A source as a plain model directory: the target, or another model under its own instance name."""
     return Stage(
         name="target",
         instance=instance,
         version=VERSIONS["target"],
-        config={"kind": source.kind, "revision": source.revision, "licence": config["licence"]},
+        config={"kind": source.kind, "revision": source.revision},
         build=partial(lazy("pipeline.stages.target:build"), source),
         packages=("gguf",) if source.kind == "gguf" else ("transformers",),
         fingerprint=lambda: {**source.fingerprint(), **lazy("compress.target.inspect:tokenizer_rules")(source)},

@@ -27,7 +27,7 @@ class TargetKind(Enum):
 class TargetConfig:
     """`conf/target/`: the model whose words are kept.
 
-    name: of the bundle. path: file, directory or hub id. licence: null takes what the source says.
+    name: of the bundle. path: file, directory or hub id. licence: of the bundle; null takes what the source says.
     """
 
     name: str = MISSING

@@ -20,7 +20,6 @@ def build(source: Source, context: BuildContext) -> None:
     if not (out / "chat_template.jinja").is_file():
         (out / "chat_template.jinja").write_text(PLAIN_TEMPLATE)
         facts["chat_template"] = "none in the source; messages are joined as they are"
-    facts["licence"] = context.config["licence"] or facts["licence"]
     (context.out / "source.json").write_text(json.dumps(facts, indent=2) + "\n")
     precision = facts["precision"]
     context.summary.update(facts)

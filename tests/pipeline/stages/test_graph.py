@@ -96,6 +96,10 @@ def test_each_stage_reads_what_it_needs(graph: Graph) -> None:
     assert inputs["export"] == {name: name for name in stages if name != "export"}
 
 
+def test_a_licence_is_the_bundles_alone(graph: Graph) -> None:
+    assert changed(graph, "target.licence=mit") == {"export"}
+
+
 def test_only_what_is_random_has_the_seed(graph: Graph) -> None:
     seeded = [name for name, stage in graph("seed=5").items() if stage.seed == 5]
     assert seeded == ["calibrate", "generate", "eagle-target", "intermediate", "eagle-intermediate", "evaluate"]
