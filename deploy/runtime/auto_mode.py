@@ -32,6 +32,8 @@ DRAFTING_MODEL: dict[Mode, str] = {
 _DRAFT_ROOM = 32
 """Tokens of a short context that are left for the drafts that are timed."""
 _LIMITS = TreeLimits(depth=MOST_LEVELS, width=3, num_nodes=8)
+INTERMEDIATE_MODES: tuple[Mode, ...] = ("chain", "cascade", "cascade-lookup")
+"""Uses of the intermediate, one of which auto takes: of these alone it has to know how they went."""
 _HOPEFUL = 0.8
 """An intermediate that promises less than this share of what goes without it is not loaded: kinds of text differ, but
 its memory, and its reading of every prompt, are certain."""
@@ -110,7 +112,8 @@ def auto_drafter(
     candidates += _lookups(costs)
     if "eagle" in modes:
         candidates.append(_head(factory, costs))
-    use = _intermediate(factory, costs, {mode: measured[mode] for mode in _INTERMEDIATE if mode in measured}, modes)
+    known = {mode: measured[mode] for mode in INTERMEDIATE_MODES if mode in measured}
+    use = _intermediate(factory, costs, known, modes)
     if use is not None:
         mode, options, expected, milliseconds = use
         best = max(c.tokens / c.milliseconds for c in candidates if c.match_length is None)
@@ -118,9 +121,6 @@ def auto_drafter(
             candidates.append(Candidate(mode, factory.make(mode, options), expected.tokens, milliseconds))
     few_rows = {rows: ms for rows, ms in costs.rows_ms["target"].items() if rows <= 1 + _LIMITS.num_nodes}
     return AutoDrafter(candidates, few_rows, clock=clock)
-
-
-_INTERMEDIATE: tuple[Mode, ...] = ("chain", "cascade", "cascade-lookup")
 
 
 def _intermediate(

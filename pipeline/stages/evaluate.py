@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 RESULT = "evaluate.json"
 PLAN = "plan.json"
 REHEARSED_SHARE = 4
-"""One of so many prompts is answered once before the measurement: what auto knows then is what a plan would say."""
+"""One of so many prompts is answered by the intermediate's modes before the measurement: what auto knows of them then
+is what a plan would say."""
 LONGEST_PROMPT = 256
 
 
@@ -53,7 +54,8 @@ def check(config: dict[str, Any], *, has_generated: bool, num_heldout: int) -> N
 
 def build(threads: int | None, context: BuildContext) -> None:
     """Writes `evaluate.json` and `plan.json`. Raises RuntimeError when a mode changes an answer."""
-    from deploy.runtime.benchmark import BenchRequest
+    from deploy.runtime.auto_mode import INTERMEDIATE_MODES
+    from deploy.runtime.benchmark import BenchRequest, costs_for
     from deploy.runtime.generation import GenerationOptions
     from deploy.runtime.modes import DrafterFactory, available_modes
     from deploy.runtime.plan_file import make_plan
@@ -70,9 +72,12 @@ def build(threads: int | None, context: BuildContext) -> None:
     modes: list[Mode] = [*forced, "auto"]
     greedy = GenerationOptions(config["max_tokens"], SamplingParams())
     sampled = GenerationOptions(config["max_tokens"], SamplingParams(config["temperature"], seed=context.seed))
-    first = BenchRequest(forced, records[::REHEARSED_SHARE], greedy)
-    rehearsal, costs = _bench(context, session, factory, first, "rehearsal")
-    expected = _expected(make_plan(rehearsal, costs))
+    costs = costs_for(factory, modes)
+    expected = {}
+    if rehearsed := [mode for mode in forced if mode in INTERMEDIATE_MODES]:
+        first = BenchRequest(rehearsed, records[::REHEARSED_SHARE], greedy, costs=costs)
+        rehearsal, _ = _bench(context, session, factory, first, "rehearsal")
+        expected = _expected(make_plan(rehearsal, costs))
     request = BenchRequest(modes, records, greedy, config["repeats"], costs=costs, expected=expected)
     result, _ = _bench(context, session, factory, request, "greedy answers")
     again = BenchRequest(modes, records, sampled, costs=costs, expected=expected)
