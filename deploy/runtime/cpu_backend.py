@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deploy.formats.model_dir import ModelDirectory
-from deploy.kernels.cpu.library import Call, Float32, Sampling, native, pointer, require, shared_runtime
+from deploy.kernels.cpu.library import Call, Float32, Sampling, address, native, pointer, require, shared_runtime
 from deploy.runtime.backend import (
     Forward,
     ForwardTokens,
@@ -23,7 +24,7 @@ from deploy.runtime.backend import (
 )
 from deploy.runtime.cpu_loader import GROUP, check_shape, load_language_model
 from deploy.runtime.cpu_model import CpuModel
-from deploy.runtime.cpu_sampling import native_sampling
+from deploy.runtime.cpu_sampling import native_samplings
 from deploy.runtime.sampling import SamplingParams, not_finite
 
 
@@ -69,8 +70,8 @@ class CpuBackend(CpuModel):
         check_path(sequence, path, {index: row for index, row in provisional if row.sequence == sequence})
         if sequence not in self._lengths:
             return
-        rows = np.array(path, dtype=np.int32)
-        require(native().us_model_keep(self.handle, sequence, pointer(rows), len(rows)))
+        rows = array("i", path)
+        require(native().us_model_keep(self.handle, sequence, address(rows), len(rows)))
         self._lengths[sequence] += len(rows)
         self._provisional.pop(sequence, None)
 
@@ -106,10 +107,10 @@ class CpuBackend(CpuModel):
         self._check(rows, taps, token_rows, continues)
         wanted = range(len(rows)) if token_rows is None else token_rows
         params, indices = per_row(len(wanted), sampling, sample_index)
-        how = (Sampling * max(1, len(wanted)))(*map(native_sampling, params, indices))
-        chosen = np.empty(len(wanted), dtype=np.int64)
+        how = native_samplings(params, indices)
+        chosen = array("q", bytes(8 * max(1, len(wanted))))
         tapped = self._run(rows, taps, token_rows, continues, how=how, chosen=chosen)
-        tokens = [int(token) for token in chosen]
+        tokens = chosen[: len(wanted)].tolist()
         for index, token in zip(wanted, tokens, strict=True):
             if token < 0:
                 raise ValueError(not_finite(rows[index].position + 1))
@@ -136,39 +137,39 @@ class CpuBackend(CpuModel):
         *,
         logits: Float32 | None = None,
         how: ctypes.Array[Sampling] | None = None,
-        chosen: npt.NDArray[np.int64] | None = None,
+        chosen: array[int] | None = None,
     ) -> dict[int, Float32]:
         count = len(rows)
-        tokens = np.array([row.token for row in rows], dtype=np.int32)
-        positions = np.array([row.position for row in rows], dtype=np.int32)
-        parents = np.array([row.parent for row in rows], dtype=np.int32)
-        sequences = np.array([row.sequence for row in rows], dtype=np.int64)
-        heads = np.arange(count, dtype=np.int64) if head_rows is None else np.array(head_rows, dtype=np.int64)
-        layers = np.unique(np.array(taps, dtype=np.int32))
-        tapped = np.empty((len(layers), count, self._shape.hidden_size), dtype=np.float32)
-        self._grow_rope(int(positions.max()) + 1)
+        tokens = array("i", [row.token for row in rows])
+        positions = array("i", [row.position for row in rows])
+        parents = array("i", [row.parent for row in rows])
+        sequences = array("q", [row.sequence for row in rows])
+        heads = array("q", range(count) if head_rows is None else head_rows)
+        layers = array("i", sorted(set(taps)))
+        tapped = np.empty((len(layers), count, self._shape.hidden_size), dtype=np.float32) if layers else None
+        self._grow_rope(max(positions) + 1)
         call = Call(
             num_rows=count,
-            tokens=pointer(tokens),
-            positions=pointer(positions),
-            parents=pointer(parents),
-            sequences=pointer(sequences),
+            tokens=address(tokens),
+            positions=address(positions),
+            parents=address(parents),
+            sequences=address(sequences),
             num_taps=len(layers),
-            tap_layers=pointer(layers),
+            tap_layers=address(layers),
             taps=pointer(tapped),
             num_head_rows=len(heads),
-            head_rows=pointer(heads),
+            head_rows=address(heads),
             logits=pointer(logits),
             sampling=None if how is None else ctypes.addressof(how),
-            chosen=pointer(chosen),
+            chosen=None if chosen is None else address(chosen),
             continues=continues,
         )
         if not continues:
             self._forget_rows()
         first = len(self._rows)
         self._rows += rows
-        for sequence in set(sequences.tolist()):
+        for sequence in set(sequences):
             self._provisional.setdefault(sequence, first)
             self._lengths.setdefault(sequence, 0)
         require(native().us_model_forward(self.handle, ctypes.byref(call)))
-        return {int(layer): tapped[i] for i, layer in enumerate(layers)}
+        return {} if tapped is None else dict(zip(layers, tapped, strict=True))

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 
 from deploy.formats.architectures import ModelShape
-from deploy.kernels.cpu.library import PHASES, DraftCall, Float32, Runtime, native, native_failure, pointer, require
+from deploy.kernels.cpu.library import (
+    PHASES,
+    DraftCall,
+    Float32,
+    Runtime,
+    address,
+    native,
+    native_failure,
+    pointer,
+    require,
+)
 from deploy.kernels.rope import rope_tables
 from deploy.runtime.backend import Row, check_truncation
 from deploy.runtime.cpu_loader import Loaded
@@ -110,15 +121,15 @@ class CpuModel:
         fitted = fit_draft(tokens, features, limits, shape=self._shape, num_features=self._num_features, length=length)
         end = length + len(tokens)
         self._grow_rope(end + fitted.depth - 1)
-        ids = np.array(tokens, dtype=np.int32)
+        ids = array("i", tokens)
         states = None if features is None else np.ascontiguousarray(features)
         how = native_sampling(sampling, sample_index)
-        drafted, parents = np.empty((2, fitted.num_nodes), dtype=np.int32)
-        scores = np.empty(fitted.num_nodes, dtype=np.float32)
+        room = bytes(4 * fitted.num_nodes)
+        drafted, parents, scores = array("i", room), array("i", room), array("f", room)
         call = DraftCall(
             sequence=sequence,
             num_tokens=len(ids),
-            tokens=pointer(ids),
+            tokens=address(ids),
             features=pointer(states),
             sampling=ctypes.addressof(how),
             depth=fitted.depth,
@@ -126,9 +137,9 @@ class CpuModel:
             num_nodes=fitted.num_nodes,
             min_probability=fitted.min_probability,
             min_gain=fitted.min_gain,
-            drafted=pointer(drafted),
-            parents=pointer(parents),
-            scores=pointer(scores),
+            drafted=address(drafted),
+            parents=address(parents),
+            scores=address(scores),
         )
         self._forget_rows()
         try:
@@ -139,7 +150,7 @@ class CpuModel:
             raise ValueError(not_finite(end + (1 if self._num_features else 0)))  # or of what follows
         if count < 0:
             raise native_failure()
-        return Draft(tuple(drafted[:count].tolist()), tuple(parents[:count].tolist()), tuple(scores[:count].tolist()))
+        return Draft(tuple(drafted[:count]), tuple(parents[:count]), tuple(scores[:count]))
 
     def _forget_rows(self) -> None:
         self._rows, self._provisional = [], {}

@@ -27,6 +27,15 @@ def native_sampling(params: SamplingParams, sample_index: int) -> Sampling:
     )
 
 
+def native_samplings(params: Sequence[SamplingParams], indices: Sequence[int]) -> ctypes.Array[Sampling]:
+    """One for each row, with room for one where there is none. Rows in a row often share theirs."""
+    found: list[Sampling] = []
+    for place, (each, index) in enumerate(zip(params, indices, strict=True)):
+        is_last = place > 0 and each is params[place - 1] and index == indices[place - 1]
+        found.append(found[-1] if is_last else native_sampling(each, index))
+    return (Sampling * max(1, len(found)))(*found)
+
+
 def sample_native(
     runtime: Runtime,
     logits: Float32,

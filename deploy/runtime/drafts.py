@@ -41,4 +41,4 @@ def fit_draft(
     room = shape.context_length - length - len(tokens)
     if room < 0:
         raise ValueError(f"{length} + {len(tokens)} tokens exceed the context of {shape.context_length}")
-    return replace(limits, depth=min(limits.depth, room + 1))
+    return limits if limits.depth <= room + 1 else replace(limits, depth=room + 1)

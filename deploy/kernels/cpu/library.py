@@ -13,6 +13,7 @@ import ctypes
 import functools
 import logging
 import os
+from array import array
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,6 +230,14 @@ def pointer(array: npt.NDArray[Any] | None) -> int | None:
         return None
     assert array.flags.c_contiguous
     return array.ctypes.data
+
+
+def address(numbers: array[Any]) -> int:
+    """Where the items of a non-empty array lie. The caller keeps it alive, and as long as it is.
+
+    Of a few numbers an `array` is made and its place known in a fifth of the time that numpy takes.
+    """
+    return numbers.buffer_info()[0]
 
 
 def supported_isas() -> tuple[str, ...]:
