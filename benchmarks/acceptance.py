@@ -21,7 +21,8 @@ import torch
 
 from benchmarks.machine import fingerprint, write_json
 from benchmarks.speculative import MT_BENCH, choose_records
-from deploy.formats.bundle import Bundle, sha256_file
+from deploy.formats.bundle import Bundle
+from deploy.formats.digest import sha256_file
 from deploy.formats.speculators import EagleDirectory
 from deploy.runtime.cpu_backend import CpuBackend
 from deploy.runtime.generation import GenerationOptions, Request

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from deploy.formats.digest import sha256_file
+
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
 DIGEST_LENGTH = 20  # hex digits of the sha256 that name an artifact: 80 bits, and paths stay readable
@@ -109,15 +111,6 @@ class Manifest:
 def canonical_json(value: Any) -> str:
     """One text per value: sorted keys, no spaces, no NaN. Raises TypeError on what JSON cannot hold."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def sha256_file(path: Path) -> str:
-    """sha256 (hex) of a file's bytes, read in pieces."""
-    hasher = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(READ_BYTES):
-            hasher.update(piece)
-    return hasher.hexdigest()
 
 
 def list_files(root: Path) -> dict[str, FileEntry]:

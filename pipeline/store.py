@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from deploy.formats.digest import sha256_file
 from pipeline.errors import StoreError, is_disk_full, is_not_writable
 from pipeline.locking import Announce, build_lock, use_lock
-from pipeline.manifest import MANIFEST_NAME, Manifest, sha256_file
+from pipeline.manifest import MANIFEST_NAME, Manifest
 
 PARTIAL = ".partial"
 REPLACED = ".replaced"

@@ -1,6 +1,5 @@
 """The four ways to name a target: a pip package with a GGUF file, a GGUF file, a local directory, a hub id."""
 
-import hashlib
 import importlib.util
 import json
 import shutil
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.formats.architectures import ModelShape
+from deploy.formats.digest import sha256_file
 from deploy.formats.errors import FormatError
 from deploy.formats.model_dir import ModelDirectory
 from deploy.formats.safetensors_file import SafetensorsFile
@@ -39,7 +39,7 @@ class Source:
 
     def fingerprint(self) -> dict[str, str]:
         """sha256 by file name."""
-        return {file.name: _sha256(file) for file in self.files()}
+        return {file.name: sha256_file(file) for file in self.files()}
 
 
 def find_source(kind: str, path: str | None, package: str | None, revision: str | None) -> Source:
@@ -169,8 +169,3 @@ def _from_hub_or_directory(path: str, revision: str | None) -> Source:
             f" ({type(error).__name__}: {str(error).splitlines()[0]}); check the id, the network, or name a directory"
         ) from error
     return Source("directory", fetched, path, revision=fetched.name)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

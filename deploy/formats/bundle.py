@@ -6,7 +6,6 @@ every problem instead of the first.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -28,6 +27,7 @@ from deploy.formats.components import (
     parse_component,
     used_extensions,
 )
+from deploy.formats.digest import sha256_file
 from deploy.formats.draft_vocabulary import read_draft_vocabulary
 from deploy.formats.errors import BundleError, FormatError
 from deploy.formats.model_dir import ModelDirectory, read_json
@@ -60,12 +60,6 @@ class Manifest:
     quality: tuple[Mapping[str, Any], ...]
     extensions: tuple[str, ...]
     chat_template: str
-
-
-def sha256_file(path: Path) -> str:
-    """sha256 of a file's bytes, hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _walk(directory: Path) -> Iterator[Path]:

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from deploy.formats.bundle import MANIFEST, Bundle, sha256_file
+from deploy.formats.bundle import MANIFEST, Bundle
+from deploy.formats.digest import sha256_file
 from deploy.kernels.cpu.library import library_path
 from deploy.runtime.costs import CONTEXT, Costs, cache_path, measure_drafts, measure_rows, read_costs, write_costs
 from deploy.runtime.drafters.auto import AutoDrafter, Candidate

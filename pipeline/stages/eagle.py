@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from deploy.formats.architectures import ModelShape
+from deploy.formats.digest import sha256_file
 from deploy.formats.eagle_config import EagleConfig
 from deploy.formats.errors import FormatError
 from deploy.formats.speculators import CONFIG_FILE, WEIGHTS_FILE, EagleDirectory
 from pipeline.graph import BuildContext
-from pipeline.manifest import sha256_file
 from pipeline.stages.drafter_checks import check_vocabulary, check_worth
 from pipeline.stages.training import check_training, keyed_settings, unkeyed_settings
 

@@ -113,6 +113,7 @@ def _records(context: BuildContext, session: Session) -> list[PromptRecord]:
 
     Those that do not fit the context are left out. Raises ValueError when none is left.
     """
+    from compress.calibration.samples import read_samples, spread
     from deploy.runtime.prompts import PromptRecord
 
     found = []
@@ -123,9 +124,10 @@ def _records(context: BuildContext, session: Session) -> list[PromptRecord]:
         for talk in conversations:
             ids = tuple(talk.token_ids[: talk.spans[0][0]].tolist())
             found.append(PromptRecord(f"generate/{talk.index}", "conversation", (), ids))
+    samples = read_samples(context.inputs["calibrate"] / SAMPLES, "heldout")
     found += [
-        PromptRecord(f"calibrate/{sample['source']}", sample["group"], (), tuple(sample["ids"][: _half(sample["ids"])]))
-        for sample in _in_turn(context.inputs["calibrate"] / SAMPLES, context.config["num_texts"])
+        PromptRecord(f"calibrate/{sample.source}", sample.group, (), sample.ids[: _half(sample.ids)])
+        for sample in spread(samples, min(context.config["num_texts"], len(samples)))
     ]
     context_length, max_tokens = session.backend.shape.context_length, context.config["max_tokens"]
     fitting = [record for record in found if record.token_ids and len(record.token_ids) + max_tokens <= context_length]
@@ -140,17 +142,6 @@ def _records(context: BuildContext, session: Session) -> list[PromptRecord]:
 
 def _half(ids: Sequence[int]) -> int:
     return min(len(ids) // 2, LONGEST_PROMPT)
-
-
-def _in_turn(path: Path, count: int) -> list[dict[str, Any]]:
-    """The first `count` held-out samples, taken from the groups in turn."""
-    by_group: dict[str, list[dict[str, Any]]] = {}
-    with path.open(encoding="utf-8") as stream:
-        for sample in map(json.loads, stream):
-            if sample["split"] == "heldout":
-                by_group.setdefault(sample["group"], []).append(sample)
-    ranked = [(rank, sample) for group in by_group.values() for rank, sample in enumerate(group)]
-    return [sample for _rank, sample in sorted(ranked, key=lambda pair: pair[0])[:count]]
 
 
 def _bench(

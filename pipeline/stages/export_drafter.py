@@ -64,8 +64,8 @@ def _facts(context: BuildContext, bundle: Path, role: str) -> DrafterFacts:
 
 def _describe(bundle: Path, role: str) -> tuple[Component, TrainingRecord]:
     """The drafter as the manifest will describe it, and its record."""
-    from deploy.formats.bundle import sha256_file
     from deploy.formats.components import describe_components
+    from deploy.formats.digest import sha256_file
     from deploy.formats.eagle_record import parse_record
     from deploy.formats.model_dir import read_json
     from deploy.formats.speculators import RECORD_FILE

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.manifest import sha256_file
+from deploy.formats.digest import sha256_file
 
 
 def keyed(text: dict[str, Any], source: str) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from deploy.formats.activations import ActivationGrid, LayerInputs
 from deploy.formats.architectures import LinearLayer, ModelShape, linear_layers, other_tensors
-from deploy.formats.bundle import MANIFEST, sha256_file, write_manifest
+from deploy.formats.bundle import MANIFEST, write_manifest
 from deploy.formats.chat import ChatTemplate
 from deploy.formats.components import used_extensions
+from deploy.formats.digest import sha256_file
 from deploy.formats.draft_vocabulary import write_draft_vocabulary
 from deploy.formats.eagle_config import EagleConfig
 from deploy.formats.eagle_record import Acceptance, Owner, TrainingRecord, record_json

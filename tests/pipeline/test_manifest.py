@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.manifest import Key, Manifest, canonical_json, content_digest, list_files, sha256_file
+from deploy.formats.digest import sha256_file
+from pipeline.manifest import Key, Manifest, canonical_json, content_digest, list_files
 
 KEY = Key("s", 1, {"a": 1}, 0, {}, {}, {})
 

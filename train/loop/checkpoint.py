@@ -12,7 +12,6 @@ The last two are kept. Nothing in them is executed when read: no pickle.
 """
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -25,6 +24,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from deploy.formats.digest import sha256_file
 
 MODEL, OPTIMIZER, BEST = "model.safetensors", "optimizer.safetensors", "best.safetensors"
 STATE, DIGESTS = "state.json", "digests.json"
@@ -90,7 +91,7 @@ def write_checkpoint(
             _link(partial / MODEL, partial / BEST)
         elif previous is not None and previous.has_best:
             _link(previous.path / BEST, partial / BEST)
-        digests = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        digests = {path.name: sha256_file(path) for path in sorted(partial.iterdir())}
         (partial / DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
         for path in (*partial.iterdir(), partial):
             _sync(path)
@@ -127,7 +128,7 @@ def _damage(path: Path) -> str | None:
     """The first file that differs from its digest, or None."""
     try:
         digests = json.loads((path / DIGESTS).read_text(encoding="utf-8"))
-        changed = [name for name, digest in digests.items() if _sha256(path / name) != digest]
+        changed = [name for name, digest in digests.items() if sha256_file(path / name) != digest]
     except (OSError, ValueError, AttributeError) as error:
         return str(error)
     missing = {MODEL, OPTIMIZER, STATE} - digests.keys()
@@ -152,11 +153,6 @@ def _explained(error: OSError | SafetensorError, path: Path, previous: Checkpoin
     number = error.errno if isinstance(error, OSError) else int(found[1]) if found else errno.EIO
     then = f"{previous.path.name} is intact and training can go on from it" if previous else "there is no earlier one"
     return OSError(number, f"{os.strerror(number or errno.EIO)}: {path.name} was not written; {then}", str(path.parent))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

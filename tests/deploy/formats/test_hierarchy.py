@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.formats.bundle import MANIFEST, Bundle, sha256_file, verify_bundle
+from deploy.formats.bundle import MANIFEST, Bundle, verify_bundle
+from deploy.formats.digest import sha256_file
 from deploy.formats.draft_vocabulary import VOCABULARY_FILE, write_draft_vocabulary
 from deploy.formats.errors import BundleError
 from deploy.runtime.modes import DrafterFactory, available_modes

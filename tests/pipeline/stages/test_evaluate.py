@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from deploy.formats.architectures import ModelShape, linear_layers, other_tensors
 from deploy.formats.safetensors_file import write_safetensors
 from pipeline.graph import BuildContext
-from pipeline.stages.evaluate import _in_turn, build, check
+from pipeline.stages.evaluate import build, check
 from train.data.conversations import Conversation, Kept, to_line
 
 MODEL = {
@@ -142,11 +142,6 @@ def test_a_mode_that_changes_an_answer_fails_the_stage(
     monkeypatch.setattr("deploy.runtime.benchmark.count_identical", lambda *_: {"same": 1, "total": 2})
     with pytest.raises(RuntimeError, match=r"mode plain changed 1 of 2 answers \(greedy answers\).* a bug of the"):
         build(1, context(tmp_path / "out", inputs))
-
-
-def test_texts_are_taken_from_the_groups_in_turn(inputs: dict[str, Path]) -> None:
-    found = _in_turn(inputs["calibrate"] / "samples.jsonl", 3)
-    assert [each["source"] for each in found] == ["prose/41", "code/43", "prose/42"]
 
 
 def test_there_must_be_something_to_answer() -> None:
