@@ -92,12 +92,13 @@ def test_every_method_composes_with_every_comparison(composed: Compose, method: 
 
 def test_a_home_directory_is_found_in_every_place(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    places = ["store=~/a", "generate.prompts.path=~/b", "eagle.initial=~/c", "calibrate.text.dataset=~/d", "name=~e"]
+    keys = ("store", "generate.prompts.path", "eagle.initial", "calibrate.text.dataset", "name")
+    places = [f'{key}="~/{key[0]}"' for key in keys]  # Hydra's grammar wants quotes around a tilde
     config: Any = OmegaConf.create(composed(*places))
     expand_home(config)
     found = (config.store, config.generate.prompts.path, config.eagle.initial, config.calibrate.text.dataset)
-    assert found == ("/home/me/a", "/home/me/b", "/home/me/c", "/home/me/d")
-    assert (config.name, config.bundles) == ("~e", "bundles")
+    assert found == ("/home/me/s", "/home/me/g", "/home/me/e", "/home/me/c")
+    assert (config.name, config.bundles) == ("~/n", "bundles")
 
 
 @pytest.mark.parametrize("name", FILES)
