@@ -126,8 +126,8 @@ def _task(config: DictConfig) -> None:
 
 
 def expand_home(config: DictConfig) -> None:
-    """`~` in files and directories of the configuration, in place: no shell expands it behind a `=`, and Hydra hands it on
-    (in quotes: store="~/x")."""
+    """`~` in files and directories of the configuration, in place: no shell expands it behind a `=`, and Hydra, which
+    wants quotes around it (store="~/x"), hands it on."""
     for key in config:
         if OmegaConf.is_missing(config, key) or OmegaConf.is_interpolation(config, str(key)):
             continue
