@@ -17,7 +17,6 @@ from deploy.formats.digest import sha256_file
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
 DIGEST_LENGTH = 20  # hex digits of the sha256 that name an artifact: 80 bits, and paths stay readable
-READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class TreeLimits:
     def __post_init__(self) -> None:
         sizes = 1 <= self.depth <= MOST_NODES and 1 <= self.width <= MOST_WIDTH and 1 <= self.num_nodes <= MOST_NODES
         if sizes and 0 <= self.min_probability < 1 and self.min_gain >= 0:
-            return  # limits are made for every draft, and the table below takes as long as a level
+            return  # limits are made for every draft; the table below only says which one is wrong
         limits = (
             ("depth", 1 <= self.depth <= MOST_NODES, f"1 … {MOST_NODES}"),
             ("width", 1 <= self.width <= MOST_WIDTH, f"1 … {MOST_WIDTH}"),
