@@ -1,12 +1,12 @@
 """What EAGLE heads of a target accept on given prompts, answered greedily: simulated τ and acceptance by place.
 
     python -m benchmarks.acceptance BUNDLE --prompts FILE.jsonl [--heads DIR …] [--drafted 4]
-        [--categories writing,coding,…] [--per-category 5] [--tokens 128] [--json OUT]
+        [--categories writing,coding,…] [--per-category 5] [--tokens 128] [--without-loops] [--json OUT]
 
 heads: directories as a bundle's `eagle-target/`, which is the default. First turns are answered by plain decoding, then
 speculative decoding with chains is replayed on the answers (train/replay.py) for every head, in torch and float32: the
 head by itself, before the runtime rounds its weights. Printed too: the share of the answers' tokens that stand where an
-answer is known to go round in circles, which any drafter finds easy.
+answer is known to go round in circles, which any drafter finds easy; `--without-loops` ends answers there.
 """
 
 from __future__ import annotations
@@ -48,6 +48,13 @@ def answer(session: Session, records: Sequence[PromptRecord], num_tokens: int) -
     return conversations
 
 
+def without_loop(conversation: Conversation) -> Conversation:
+    """The same question; its answer ends where it is known to loop."""
+    ((begin, end),) = conversation.spans
+    end = begin + len(until_loop(conversation.token_ids[begin:end].tolist()))
+    return Conversation(conversation.token_ids[:end], ((begin, end),), conversation.temperature, conversation.index)
+
+
 def looping_share(conversations: Sequence[Conversation]) -> float:
     """Of the written tokens, those behind the point where their answer is known to loop."""
     written = [text.token_ids[begin:end].tolist() for text in conversations for begin, end in text.spans]
@@ -82,6 +89,7 @@ def main() -> None:
     parser.add_argument("--categories", type=lambda text: text.split(","), default=list(MT_BENCH))
     parser.add_argument("--per-category", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--without-loops", action="store_true")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -91,13 +99,22 @@ def main() -> None:
     session = Session.open(bundle, threads=arguments.threads)
     records = choose_records(arguments)
     conversations = answer(session, records, arguments.tokens)
+    looping = looping_share(conversations)
+    if arguments.without_loops:
+        conversations = [without_loop(conversation) for conversation in conversations]
     groups = {"all": conversations}
     for record, conversation in zip(records, conversations, strict=True):
         groups.setdefault(record.category, []).append(conversation)
-    looping = looping_share(conversations)
     num_written = sum(conversation.num_written for conversation in conversations)
-    print(f"{len(records)} prompts, {num_written} tokens, {looping:.1%} of them in loops")
-    result: dict[str, Any] = {"prompts": len(records), "tokens_each": arguments.tokens, "looping_share": looping}
+    left_out = ", left out" if arguments.without_loops else ""
+    print(f"{len(records)} prompts, {num_written} tokens; {looping:.1%} of what was written in loops{left_out}")
+    result: dict[str, Any] = {
+        "prompts": len(records),
+        "tokens_each": arguments.tokens,
+        "tokens": num_written,
+        "looping_share": looping,
+        "loops_left_out": arguments.without_loops,
+    }
     for head_dir in arguments.heads or [bundle.path / "eagle-target"]:
         found = dict(measure(session, head_dir, bundle, groups, arguments.drafted))
         result[str(head_dir)] = found

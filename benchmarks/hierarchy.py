@@ -1,6 +1,7 @@
 """Where a hierarchy pays: a cascade (EAGLE → intermediate → target) against EAGLE on the target itself, as a map.
 
     python -m benchmarks.hierarchy BUNDLE [--eagle 0.45,0.6,0.75] [--json OUT]
+    python -m benchmarks.hierarchy --costs RESULT.json …     with T(rows) and draft costs that a result holds
 
 "Speculative Decoding Meets Quantization" (arXiv 2505.22179) found the cascade 1.31 times as fast as EAGLE-2 over one
 4-bit 70B target. Whether it is depends on three numbers: what a verified row costs (T(rows), measured here on the
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import fingerprint, write_json
+from benchmarks.on_clock import read_stated
 from deploy.formats.bundle import Bundle
 from deploy.kernels.cpu.library import shared_runtime
 from deploy.runtime.costs import Costs, DraftCost, measure_drafts, measure_rows
@@ -166,17 +168,21 @@ def show(found: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=Path, nargs="?", help="its target and head are measured")
+    parser.add_argument("--costs", type=Path, help="instead of a bundle: a file that on_clock takes too")
     parser.add_argument("--eagle", default=",".join(map(str, _EAGLE)), help="EAGLE's acceptance a place, several")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    costs, machine = measure_target(arguments.bundle)
+    if (arguments.bundle is None) == (arguments.costs is None):
+        parser.error("give a bundle, or --costs, and not both")
+    costs, machine = read_stated(arguments.costs) if arguments.costs else measure_target(arguments.bundle)
     one = costs.forward_ms("target", 1)
     print("T(rows)/T(1): " + "  ".join(f"{n}: {ms / one:.2f}" for n, ms in costs.rows_ms["target"].items()))
     maps = make_maps(costs, [float(part) for part in arguments.eagle.split(",")])
     for found in maps:
         show(found)
-    result = {"machine": machine, "bundle": arguments.bundle.name, "costs": costs.to_json(), "maps": maps}
+    name = arguments.bundle.name if arguments.bundle else None
+    result = {"machine": machine, "bundle": name, "costs": costs.to_json(), "maps": maps}
     write_json(arguments.json, result)
 
 

@@ -1,7 +1,7 @@
 """The command line: compose the configuration, run the graph, tell the user.
 
 Exit status: 0 done; 1 a bug (with traceback) or Hydra's own complaint about the command line; 2 something the
-user can mend, in one line; 130 interrupted.
+user can mend, in one line; 130 interrupted; 141 whoever read the output went away (`--help | head`).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
+EXIT_NO_READER = 141
 FULL_ERROR = "HYDRA_FULL_ERROR"
 DEBUG = "UNDERSTUDY_DEBUG"  # keep every traceback, the user's errors included
 # Read by libraries when they are loaded, so they are set before anything heavy is imported. GOMP_SPINCOUNT: OpenMP
@@ -68,6 +69,9 @@ def main() -> None:
         entry()
     except KeyboardInterrupt:
         _fail("interrupted; finished stages are kept, the same command continues", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the end has a place to go
+        sys.exit(EXIT_NO_READER)
     except (CompactHydraException, OmegaConfBaseException) as error:
         if _is_debug():
             raise

@@ -134,6 +134,23 @@ def test_an_interrupted_run_says_how_to_go_on(elsewhere: Path) -> None:
     assert done.stderr == "error: interrupted; finished stages are kept, the same command continues\n"
 
 
+def test_help_whose_reader_goes_away_ends_quietly(elsewhere: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, str(DEMO), "--help"],
+        cwd=elsewhere,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_a_run_directory_that_cannot_be_made_is_one_line(elsewhere: Path) -> None:
     (elsewhere / "runs").write_text("a file")
     done = demo(elsewhere)
