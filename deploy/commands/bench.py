@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,8 @@ def bench(
         if out.is_dir():
             raise ValueError(f"--json {out}: is a directory; name a file")
         out.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(out if out.exists() else out.parent, os.W_OK):
+            raise ValueError(f"--json {out}: may not be written; name another file")
     options = GenerationOptions(max_tokens, SamplingParams(temperature, seed=seed))
     opened = Bundle.open(bundle)
     computing = chosen_backend(device, backend, opened)
@@ -73,9 +76,9 @@ def bench(
 
         result, _costs = measure(session, factory, request, begin)
     result = {"machine": result.pop("machine"), "bundle": bundle.name, **result}
+    show(result)
     if out is not None:
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    show(result)
     _require_identical(result)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import typer
@@ -44,6 +45,8 @@ def chat(
     session, decoding = open_session(bundle, mode, drafts, device, backend, threads)
     opening = [{"role": "system", "content": system}] if system is not None else []
     messages = list(opening)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is one turn's error
     while (line := _read_line()) not in (None, "/quit"):
         if line == "/new":
             messages = list(opening)

@@ -131,7 +131,10 @@ def _provenance_facts(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts = []
     for key, value in provenance.items():
         if key == "stages" and isinstance(value, dict):
-            facts += [(f"stage {name}", _settings(stage.get("config", {}))) for name, stage in value.items()]
+            for name, stage in value.items():
+                facts.append(
+                    (f"stage {name}", _settings(stage.get("config", {}) if isinstance(stage, dict) else stage))
+                )
         elif isinstance(value, dict):
             facts += [(f"{key}: {name}", _settings(item)) for name, item in value.items()]
         else:

@@ -7,7 +7,7 @@ from deploy.commands.bench_tables import rows_table, table, wide_console
 from deploy.commands.opening import chosen_backend
 from deploy.formats.bundle import Bundle
 from deploy.runtime.auto_mode import auto_drafter, costs_path, machine_costs
-from deploy.runtime.costs import DRAFT_WIDTHS, Costs
+from deploy.runtime.costs import DRAFT_WIDTHS, Costs, read_costs
 from deploy.runtime.drafters.auto import Candidate
 from deploy.runtime.modes import DrafterFactory
 from deploy.runtime.session import Session
@@ -25,15 +25,17 @@ def tune(bundle: o.BundlePath, device: o.Device = "auto", threads: o.Threads = N
     if costs.drafts:
         console.print(_drafts_table(costs))
     console.print(_candidates_table(auto_drafter(factory, costs).candidates))
-    console.print(_where_kept(factory))
+    console.print(_where_kept(factory, costs))
 
 
-def _where_kept(factory: DrafterFactory) -> str:
+def _where_kept(factory: DrafterFactory, costs: Costs) -> str:
     try:
         path = costs_path(factory)
     except RuntimeError:  # `machine_costs` has said why
         return "not kept: there is no cache"
-    return f"kept in {path}" if path.is_file() else "not kept: the cache cannot be written"
+    found = read_costs(path)
+    is_kept = found is not None and found.to_json() == costs.to_json()  # an older file may lie there, read-only
+    return f"kept in {path}" if is_kept else "not kept: the cache cannot be written"
 
 
 def _drafts_table(costs: Costs) -> object:

@@ -14,9 +14,10 @@ from deploy.formats.errors import BundleError, FormatError
 from deploy.formats.model_dir import ModelDirectory, read_json
 from deploy.formats.speculators import RECORD_FILE, EagleDirectory
 
-# target-w4a16: the target again, rounded to integer zero points, where its own form uses an extension. intermediate: a
-# small language model that drafts for the target.
-MODEL_ROLES = ("target", "target-w4a16", "intermediate")
+# The target again, rounded to integer zero points, for programs that lack an extension which its own form uses.
+TWIN = "target-w4a16"
+# intermediate: a small language model that drafts for the target.
+MODEL_ROLES = ("target", TWIN, "intermediate")
 # EAGLE-3 heads, and the models that they draft for.
 HEAD_ROLES = {"eagle-target": "target", "eagle-intermediate": "intermediate"}
 DRAFTER_ROLES = ("intermediate", *HEAD_ROLES)

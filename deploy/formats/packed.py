@@ -8,7 +8,7 @@ layer NAME with weight [out, in], pack-quantized:
     NAME.weight_scale       BF16 | F16 | F32 [out, in/group_size]
     NAME.weight_shape       I64 [2]                    out, in
     NAME.weight_zero_point  I32 [⌈out·bits/32⌉, groups]  asymmetric: zero points, packed along the output
-    NAME.weight_min         F16 | F32 [out, groups]    our extension: float minima (a GGUF's own grid)
+    NAME.weight_min         BF16 | F16 | F32 [out, groups]  our extension: float minima (a GGUF's own grid)
 
 int-quantized, the form of 8-bit weights whose layer also quantizes its inputs (`activations`):
 

@@ -26,7 +26,7 @@ from deploy.runtime.backend import Row, check_truncation
 from deploy.runtime.cpu_loader import Loaded
 from deploy.runtime.cpu_sampling import native_sampling
 from deploy.runtime.drafts import fit_draft
-from deploy.runtime.sampling import SamplingParams, not_finite
+from deploy.runtime.sampling import SamplingParams, not_finite_draft
 from deploy.runtime.tree import Draft, TreeLimits
 
 _ROPE_POSITIONS = 512  # computed at a time
@@ -147,7 +147,7 @@ class CpuModel:
         finally:  # an interrupt comes when the call returns, and it has read the tokens
             self._lengths[sequence] = int(native().us_model_length(self.handle, sequence))
         if count == -1:
-            raise ValueError(not_finite(end + (1 if self._num_features else 0)))  # or of what follows
+            raise ValueError(not_finite_draft(end + (1 if self._num_features else 0)))  # or of what follows
         if count < 0:
             raise native_failure()
         return Draft(tuple(drafted[:count]), tuple(parents[:count]), tuple(scores[:count]))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from deploy.formats.bundle import Bundle
+from deploy.formats.components import TWIN
 from deploy.runtime.backends import BackendName
 
 _logger = logging.getLogger(__name__)
@@ -57,8 +58,8 @@ def require_backend(name: str) -> BackendName:
 
 
 def bundle_bytes(bundle: Bundle) -> int:
-    """Bytes of all models of the bundle, as their files have them; packed on a device they need about as many."""
-    return sum(component.num_bytes for component in bundle.manifest.components)
+    """Bytes of the models that the runtime reads, as their files have them; packed on a device they need about as many."""
+    return sum(component.num_bytes for component in bundle.manifest.components if component.role != TWIN)
 
 
 def choose_backend(name: BackendName | DeviceName, weight_bytes: int) -> BackendName:
@@ -88,6 +89,9 @@ def _check_gpu(driver: Driver | None, weight_bytes: int) -> None:
         raise DeviceError(f"there is no NVIDIA driver ({_CUDA_LIBRARY} does not load)")
     if not driver.num_devices:
         raise DeviceError("the NVIDIA driver sees no GPU (CUDA_VISIBLE_DEVICES hides them?)")
-    from deploy.runtime.gpu_device import check_gpu
+    try:
+        from deploy.runtime.gpu_device import check_gpu
 
-    check_gpu(driver, weight_bytes)
+        check_gpu(driver, weight_bytes)
+    except (ImportError, OSError) as error:  # OSError: a CUDA library that does not load
+        raise DeviceError(f"torch, which the GPU needs, cannot be imported ({error})") from error

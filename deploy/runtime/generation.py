@@ -42,6 +42,10 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens} is out of range; use 1 or more")
+        if isinstance(self.stop, str):
+            raise ValueError(
+                f"stop={self.stop!r} is one text, each of whose characters would end the answer; use a tuple"
+            )
         StopFilter(self.stop)  # refuses empty stop strings
 
 

@@ -26,7 +26,7 @@ from deploy.runtime.gpu_levels import Levels
 from deploy.runtime.gpu_ops import Ops
 from deploy.runtime.gpu_sampling import greedy_rows
 from deploy.runtime.gpu_weights import Head, LanguageModel, Matrix16, num_bytes, read_bytes
-from deploy.runtime.sampling import SamplingParams, not_finite
+from deploy.runtime.sampling import SamplingParams, not_finite_draft
 from deploy.runtime.tree import Draft, TreeLimits
 
 Float32 = npt.NDArray[np.float32]
@@ -129,7 +129,7 @@ class GpuModel(ABC):
                 draft = grow(fitted, levels.first(computed), levels.expand)
         except NotFiniteError as error:
             self._cache.drop_rows()
-            raise ValueError(not_finite(end + self.drafted_offset - 1)) from error  # or of what follows
+            raise ValueError(not_finite_draft(end + self.drafted_offset - 1)) from error  # or of what follows
         self._cache.keep(sequence, range(len(tokens)))
         self._cache.drop_rows()
         return draft

@@ -116,6 +116,14 @@ def not_finite(position: int) -> str:
     return f"the logits for position {position} are not finite; the model's weights are not usable"
 
 
+def not_finite_draft(position: int) -> str:
+    """Why there is no draft for `position`."""
+    return (
+        f"the drafter's logits for position {position} are not finite; its weights are not usable: use a mode without "
+        "it (plain, lookup), or make it again"
+    )
+
+
 def sample(
     logits: Float32, params: SamplingParams, *, position: int, path: Sequence[int] = (), sample_index: int = 0
 ) -> int:

@@ -128,7 +128,8 @@ class Session:
         together with max_tokens.
         """
         self._check_length(prompt, options.max_tokens)
-        num_shared = shared_length(self._cached, prompt[:-1])  # the last token is run to get what follows it
+        cached, self._cached = self._cached, []  # an interrupt before the first forward leaves nothing to go on from
+        num_shared = shared_length(cached, prompt[:-1])  # the last token is run to get what follows it
         num_shared = go_back(self.backend, self._drafter, CHAT_SEQUENCE, num_shared)
         stream = Stream(Request(prompt, options, on_text), CHAT_SEQUENCE, self.tokenizer, num_shared)
         try:

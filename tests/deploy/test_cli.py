@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from deploy.cli import run
+from deploy.commands.inspect import _provenance_facts
 from deploy.formats.bundle import MANIFEST, write_manifest
 from tests.deploy.conftest import byte_tokenizer
 
@@ -245,6 +246,27 @@ def test_tune_shows_costs_and_candidates_and_keeps_what_it_measured(capsys, tiny
     assert set(json.loads(kept.read_text())["rows_ms"]) == {"target"}
 
 
+def test_tune_does_not_call_an_older_file_its_own(monkeypatch, capsys, tiny, tmp_path):
+    bundle = tiny.bundle_with_head(tmp_path / "b")
+    call(capsys, "tune", bundle)
+
+    def refuse(path, costs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("deploy.runtime.auto_mode.write_costs", refuse)
+    code, out, _ = call(capsys, "tune", bundle)
+    assert code == 0
+    assert "not kept: the cache cannot be written" in out
+
+
+def test_inspect_shows_any_provenance():
+    assert _provenance_facts({"stages": {"a": "text", "b": {"config": {"bits": 4}}}, "note": ["x"]}) == [
+        ("stage a", "text"),
+        ("stage b", "bits=4"),
+        ("note", '["x"]'),
+    ]
+
+
 def test_inspect_shows_the_modes_and_the_plan(capsys, tiny, tmp_path):
     bundle = tmp_path / "b"
     bundle.mkdir()
@@ -285,6 +307,17 @@ def test_a_mistake_in_a_benchmark_is_one_line(capsys, bundle, tmp_path, content,
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert re.search(reason, err)
+
+
+def test_figures_are_shown_where_their_file_cannot_be_written(capsys, bundle, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}')
+    code, out, err = call(
+        capsys, "bench", bundle, "--prompts", prompts, "-n", "4", "--modes", "plain", "--json", "/dev/full"
+    )
+    assert code == 2
+    assert "No space left on device" in err
+    assert "plain" in out
 
 
 def test_verify_accepts_a_sound_bundle(capsys, bundle):
@@ -417,6 +450,14 @@ def test_a_chat_turn_that_does_not_fit_is_taken_back(monkeypatch, capsys, bundle
     _, once, _ = talk(monkeypatch, capsys, bundle, "Hi\n")
     assert (code, out) == (0, once)
     assert re.search("context of 128; .*, or start over with /new$", err.strip())
+
+
+def test_a_chat_line_that_is_not_utf_8_is_that_turns_error(monkeypatch, capsys, bundle):
+    _, once, _ = talk(monkeypatch, capsys, bundle, "Hi\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nHi\n"), encoding="utf-8"))
+    code, out, err = call(capsys, "chat", bundle, "-n", "4")
+    assert (code, out) == (0, once)
+    assert "not Unicode text: '\\udce9' at character" in err
 
 
 def test_a_character_that_is_cut_off_is_the_same_in_the_stream_and_in_json(monkeypatch, capsys, bundle):

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -78,6 +79,30 @@ def test_a_missing_package_is_named(gpu, monkeypatch):
     monkeypatch.setattr(gpu_device.importlib.util, "find_spec", lambda name: None if name == "triton" else object())
     with pytest.raises(DeviceError, match=r"triton is not installed.*pip install -e '.\[gpu\]'"):
         choose_backend("gpu", GIB)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("libcudart.so.13: cannot open shared object file"), ImportError("no module")]
+)
+def test_a_torch_that_cannot_be_imported_is_passed_over(gpu, monkeypatch, error):
+    from deploy.runtime import gpu_device
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(gpu_device, "torch_cuda_version", fail)
+    assert choose_backend("auto", GIB) == "cpu"
+    with pytest.raises(DeviceError, match=r"torch, which the GPU needs, cannot be imported \(.*; use --device cpu"):
+        choose_backend("gpu", GIB)
+
+
+def test_a_twin_for_other_programs_needs_no_memory_here(tiny, tmp_path):
+    bundle = Bundle.open(tiny.bundle_with_head(tmp_path / "b"))
+    before = bundle_bytes(bundle)
+    target = bundle.component("target")
+    twin = replace(target, role="target-w4a16")
+    manifest = replace(bundle.manifest, components=(*bundle.manifest.components, twin))
+    assert bundle_bytes(replace(bundle, manifest=manifest)) == before
 
 
 def test_without_a_driver_nothing_looks_for_torch(monkeypatch):

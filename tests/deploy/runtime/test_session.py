@@ -122,6 +122,11 @@ def test_special_tokens_of_the_template_are_tokens(session):
     assert np.count_nonzero(np.array(tokens) == 1) == 2
 
 
+def test_a_stop_text_that_is_no_tuple_is_refused():
+    with pytest.raises(ValueError, match="stop='END' is one text"):
+        GenerationOptions(4, stop="END")
+
+
 def test_max_tokens_must_be_positive():
     with pytest.raises(ValueError, match="max_tokens=0"):
         GenerationOptions(0)
@@ -179,6 +184,22 @@ def test_a_listener_that_fails_leaves_the_session_usable(session):
 
     with pytest.raises(RuntimeError, match="gone"):
         session.generate(session.encode_raw("Another"), options(12), fail)
+    assert session.generate(prompt, options(12)).token_ids == expected
+
+
+def test_an_interrupt_while_going_back_leaves_the_session_usable(session, monkeypatch):
+    prompt = session.encode_raw("Once upon a time")
+    expected = session.generate(prompt, options(12)).token_ids
+    truncate = session.backend.truncate
+
+    def interrupted(sequence, length):
+        truncate(sequence, length)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.backend, "truncate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.generate(prompt[:3], options(12))
+    monkeypatch.undo()
     assert session.generate(prompt, options(12)).token_ids == expected
 
 
