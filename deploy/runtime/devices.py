@@ -58,7 +58,7 @@ def require_backend(name: str) -> BackendName:
 
 
 def bundle_bytes(bundle: Bundle) -> int:
-    """Bytes of the models that the runtime reads, as their files have them; packed on a device they need about as many."""
+    """Bytes of the models that the runtime reads, as their files have them; packed on a device about as many."""
     return sum(component.num_bytes for component in bundle.manifest.components if component.role != TWIN)
 
 
