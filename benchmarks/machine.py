@@ -36,7 +36,7 @@ def time_ms(run: Callable[[], object], repeats: int, *, warmup: int = 2) -> dict
 def resident_mb() -> float | None:
     """Physical memory of this process, in units of 10^6 bytes; None where the system does not tell."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
     except (OSError, ValueError):
         return None
 
@@ -45,4 +45,4 @@ def write_json(path: Path | None, result: dict[str, Any]) -> None:
     """Write the result where a path was given."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

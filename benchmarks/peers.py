@@ -134,10 +134,10 @@ def heldout_tokens(bundle: Path, per_group: int) -> dict[str, list[list[int]]]:
     store = bundle.resolve().parents[2]
     wanted = Bundle.open(bundle).manifest.provenance.get("stages", {}).get("calibrate", {}).get("content")
     for manifest in sorted((store / "calibrate").glob("*/manifest.json")):
-        if json.loads(manifest.read_text())["content"] != wanted:
+        if json.loads(manifest.read_text(encoding="utf-8"))["content"] != wanted:
             continue
         groups: dict[str, list[list[int]]] = {}
-        for line in (manifest.parent / "samples.jsonl").read_text().splitlines():
+        for line in (manifest.parent / "samples.jsonl").read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             if record["split"] == "heldout" and len(groups.setdefault(record["group"], [])) < per_group:
                 groups[record["group"]].append(record["ids"])

@@ -46,11 +46,11 @@ def write_quantized(
                 tensors[name] = _sixteen_bits(norms[name] if name in norms else files.float32(name))
                 files.release(name)
         write_safetensors(out / "model.safetensors", tensors, {"format": "pt"})
-    config = json.loads((target / "config.json").read_text())
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = "bfloat16"
     if layers:
         config["quantization_config"] = quantization_config(_groups(layers, inputs, is_whole=is_whole))
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if (target / "generation_config.json").is_file():
         shutil.copyfile(target / "generation_config.json", out / "generation_config.json")
 

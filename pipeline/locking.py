@@ -35,7 +35,7 @@ def build_lock(path: Path, what: str, announce: Announce) -> Iterator[None]:
         announce(f"another run ({_read_holder(holder)}) is building {what}; waiting")
         lock.acquire(poll_interval=POLL_SECONDS)
     try:
-        holder.write_text(json.dumps({"pid": os.getpid()}))
+        holder.write_text(json.dumps({"pid": os.getpid()}), encoding="utf-8")
         yield
     finally:
         holder.unlink(missing_ok=True)
@@ -46,7 +46,7 @@ def build_lock(path: Path, what: str, announce: Announce) -> Iterator[None]:
 def use_lock(path: Path, what: str, announce: Announce, *, exclusive: bool = False) -> Iterator[None]:
     """Hold the use lock at `path`: shared while reading `what`, exclusive while replacing it."""
     operation = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
-    with path.with_name(path.name + ".use").open("w") as stream:
+    with path.with_name(path.name + ".use").open("w", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, operation | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -67,6 +67,6 @@ def _try_flock(descriptor: int, operation: int) -> bool:
 def _read_holder(path: Path) -> str:
     """Who holds a build lock, as text; the file may be half-written or just gone."""
     try:
-        return f"pid {json.loads(path.read_text())['pid']}"
+        return f"pid {json.loads(path.read_text(encoding='utf-8'))['pid']}"
     except (OSError, ValueError, KeyError):
         return "pid unknown"

@@ -13,8 +13,8 @@ PACKAGES = ("pipeline", "compress", "train", "deploy")
 HEAVY = {"torch", "transformers", "llmcompressor", "compressed_tensors", "datasets", "peft", "accelerate", "wandb"}
 HEAVY |= {"triton"}
 FORMATS = "deploy.formats"
-# Formats are files: numpy and the standard library, and jinja2 for the chat template.
-FORMATS_MAY_IMPORT = {"numpy", "jinja2", "deploy"}
+# Formats are files: numpy and the standard library, jinja2 for the chat template, tokenizers for tokenizer.json.
+FORMATS_MAY_IMPORT = {"numpy", "jinja2", "tokenizers", "deploy"}
 STDLIB_EXCEPTIONS = {"__future__"}
 
 

@@ -33,8 +33,13 @@ class ChatFrame:
     def from_template(
         cls, render: Callable[[list[dict[str, str]]], str], end_tokens: list[str], bos_token: str | None = None
     ) -> "ChatFrame":
-        """render: messages → prompt with the generation header; end_tokens: the texts that may close a turn."""
+        """render: messages → prompt with the generation header; end_tokens: the texts that may close a turn.
+
+        Where a template writes `bos_token` and nothing else ahead of a user turn, it has no header for users.
+        """
         start, after = around_user_turn(render)
+        if start == bos_token:
+            return cls(system="", before="", after=after, first=bos_token)
         try:
             header = around_user_turn(render, [{"role": "system", "content": TURN_MARKER}])[0].split(TURN_MARKER)[1]
         except jinja2.TemplateError:  # some templates refuse a system message; they write none of their own either

@@ -44,7 +44,10 @@ def python_documents() -> dict[str, list[Document]]:
     from pydoc_data.topics import topics
 
     library = Path(os.__file__).parent
-    code = [Document(f"lib/{file.name}", file.read_text(errors="replace")) for file in sorted(library.glob("*.py"))]
+    code = [
+        Document(f"lib/{file.name}", file.read_text(encoding="utf-8", errors="replace"))
+        for file in sorted(library.glob("*.py"))
+    ]
     return {"prose": [Document(f"topics/{name}", text) for name, text in sorted(topics.items())], "code": code}
 
 

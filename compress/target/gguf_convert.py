@@ -110,7 +110,7 @@ def write_tokenizer(file: GgufFile, out: Path) -> None:
     _write_json(out / "generation_config.json", {"eos_token_id": sorted({e for e in ends if e is not None})})
     template = file.metadata.get("tokenizer.chat_template")
     if template:
-        (out / "chat_template.jinja").write_text(template)
+        (out / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _rope_parameters(file: GgufFile) -> dict[str, Any]:
@@ -173,4 +173,5 @@ def _shortest_float(value: float) -> float:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}, indent=2) + "\n")
+    written = {key: value for key, value in content.items() if value is not None}
+    path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")

@@ -35,7 +35,7 @@ def read_shape(source: Source) -> ModelShape:
         tied = "output.weight" not in file.names()
         num_tokens = len(file.tokenizer_metadata().get("tokens", "?"))
         return ModelShape.from_config({**model_config(file), "vocab_size": num_tokens, "tie_word_embeddings": tied})
-    return ModelShape.from_config(json.loads((source.path / "config.json").read_text()))
+    return ModelShape.from_config(json.loads((source.path / "config.json").read_text(encoding="utf-8")))
 
 
 def tokenizer_rules(source: Source) -> dict[str, str]:

@@ -12,6 +12,7 @@ from deploy.formats.digest import sha256_file
 from deploy.formats.errors import FormatError
 from deploy.formats.model_dir import ModelDirectory
 from deploy.formats.safetensors_file import SafetensorsFile
+from deploy.formats.tokenizer import load_tokenizer
 
 KINDS = ("package", "gguf", "hf")
 WEIGHTS = "*.safetensors"
@@ -71,7 +72,7 @@ def check_directory(path: Path) -> dict[str, Any]:
     if not config_path.is_file():
         raise ValueError(f"target.path={path} has no config.json; name a Hugging Face model directory")
     try:
-        config = json.loads(config_path.read_text())
+        config = json.loads(config_path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"target.path={path}: config.json is not JSON ({error}); fetch it again") from error
     try:
@@ -96,7 +97,10 @@ def check_directory(path: Path) -> dict[str, Any]:
 
 
 def copy_directory(source: Path, out: Path) -> None:
-    """Copies a checked directory's configuration and weights and normalises its tokenizer to tokenizer.json."""
+    """Copies a checked directory's configuration and weights and normalises its tokenizer to tokenizer.json.
+
+    What that states of truncation and padding is left out: whoever loads it would cut and fill prompts.
+    """
     from transformers import AutoTokenizer
 
     out.mkdir(parents=True, exist_ok=True)
@@ -106,8 +110,12 @@ def copy_directory(source: Path, out: Path) -> None:
     for file in source.glob(WEIGHTS):
         shutil.copyfile(file, out / file.name)
     AutoTokenizer.from_pretrained(source).save_pretrained(out)
-    if not (out / "tokenizer.json").is_file():
+    tokenizer = out / "tokenizer.json"
+    if not tokenizer.is_file():
         raise ValueError(f"target.path={source} has no tokenizer that can be saved as tokenizer.json")
+    stated = json.loads(tokenizer.read_text(encoding="utf-8"))
+    if stated.get("truncation") or stated.get("padding"):  # of somebody's training; texts are served whole
+        load_tokenizer(tokenizer).save(str(tokenizer))
 
 
 def directory_precision(path: Path) -> dict[str, Any]:

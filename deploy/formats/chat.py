@@ -91,7 +91,7 @@ class ChatTemplate:
         other_tokens: Mapping[str, str] = MappingProxyType({}),
         day: date | None = None,
     ) -> None:
-        self.source, self.bos_token = source, bos_token
+        self.source, self.bos_token, self.eos_token = source, bos_token, eos_token
         self._tokens = {**other_tokens, "bos_token": bos_token, "eos_token": eos_token}
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
@@ -158,3 +158,13 @@ def around_user_turn(
     messages = [dict(message) for message in earlier]
     before, _, after = render([*messages, {"role": "user", "content": TURN_MARKER}]).rpartition(TURN_MARKER)
     return before, after
+
+
+def after_answer(template: ChatTemplate) -> str:
+    """What the template writes behind an answer with which a conversation ends: a token that ends turns, mostly.
+
+    "" where it shows no answer as it was given. Raises ChatTemplateError when it refuses a question with its answer.
+    """
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": TURN_MARKER}]
+    _, marker, after = template.render(turns, add_generation_prompt=False).rpartition(TURN_MARKER)
+    return after if marker else ""

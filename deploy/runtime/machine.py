@@ -11,7 +11,7 @@ from typing import Any, Protocol
 def cpu_field(key: str) -> str:
     """A field of the first processor in /proc/cpuinfo; "" where there is none."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")

@@ -8,7 +8,8 @@ from tokenizers import Tokenizer
 
 from deploy.formats.bundle import Bundle
 from deploy.formats.chat import ChatTemplate
-from deploy.formats.errors import BundleError
+from deploy.formats.errors import BundleError, FormatError
+from deploy.formats.tokenizer import load_tokenizer
 from deploy.runtime.backend import Backend
 from deploy.runtime.backends import BackendName, open_backend
 from deploy.runtime.devices import DeviceName, bundle_bytes, choose_backend
@@ -33,9 +34,9 @@ def open_tokenizer(bundle: Bundle, vocab_size: int) -> Tokenizer:
     """
     path = bundle.path / "tokenizer.json"
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises plain Exception
-        raise BundleError(f"{path}: does not load: {error}") from error
+        tokenizer = load_tokenizer(path)
+    except FormatError as error:
+        raise BundleError(str(error)) from error
     if tokenizer.get_vocab_size() > vocab_size:
         raise BundleError(f"{path}: has {tokenizer.get_vocab_size()} tokens, the target's vocabulary {vocab_size}")
     return tokenizer

@@ -115,12 +115,15 @@ def _self_written(context: BuildContext, model_dir: Path, tokenizer: Any) -> lis
     from transformers import AutoModelForCausalLM
 
     from compress.calibration.generate import sampling_dtype
+    from deploy.formats.model_dir import ModelDirectory
 
+    with ModelDirectory.open(model_dir) as files:
+        end_ids = frozenset(files.eos_token_ids)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=sampling_dtype()).eval()
-    return [*_conversations(context, model, tokenizer), *_free_texts(context, model, tokenizer)]
+    return [*_conversations(context, model, tokenizer, end_ids), *_free_texts(context, model, tokenizer, end_ids)]
 
 
-def _conversations(context: BuildContext, model: Any, tokenizer: Any) -> list[Any]:
+def _conversations(context: BuildContext, model: Any, tokenizer: Any, end_ids: frozenset[int]) -> list[Any]:
     """Conversations; the first ones written are calibration, the rest held out."""
     from compress.calibration.conversations import ChatFrame, ConversationBudget, write_conversations
     from compress.calibration.samples import Sample
@@ -130,12 +133,12 @@ def _conversations(context: BuildContext, model: Any, tokenizer: Any) -> list[An
     num_samples, num_heldout = config["num_samples"], config["num_heldout"]
     if num_samples + num_heldout == 0:
         return []
-    rule = _rule(config, model, tokenizer)
+    rule = _rule(config, end_ids)
     lengths = ("prompt_tokens", "response_tokens", "system_share", "drop_share")
     template = ChatTemplate.from_directory(context.inputs["target"] / "model", day=FIXED_DAY)
     frame = ChatFrame.from_template(
         lambda messages: template.render(messages, add_generation_prompt=True),
-        [tokenizer.decode([end]) for end in rule.end_ids],
+        [tokenizer.decode([end]) for end in end_ids],
         tokenizer.bos_token,
     )
     steps = config["prompt_tokens"] + config["response_tokens"]
@@ -156,7 +159,7 @@ def _conversations(context: BuildContext, model: Any, tokenizer: Any) -> list[An
     ]
 
 
-def _free_texts(context: BuildContext, model: Any, tokenizer: Any) -> list[Any]:
+def _free_texts(context: BuildContext, model: Any, tokenizer: Any, end_ids: frozenset[int]) -> list[Any]:
     from compress.calibration.generate import write_free_texts
     from compress.calibration.samples import Sample
 
@@ -167,7 +170,7 @@ def _free_texts(context: BuildContext, model: Any, tokenizer: Any) -> list[Any]:
         written = write_free_texts(
             model,
             tokenizer.get_vocab(),
-            _rule(config, model, tokenizer),
+            _rule(config, end_ids),
             num_samples=config["num_samples"],
             num_tokens=config["num_tokens"],
             drop_share=config["drop_share"],
@@ -177,10 +180,7 @@ def _free_texts(context: BuildContext, model: Any, tokenizer: Any) -> list[Any]:
     return [Sample("free", "calibration", f"self-written/{index}", tuple(ids)) for index, ids in enumerate(written)]
 
 
-def _rule(config: dict[str, Any], model: Any, tokenizer: Any) -> SamplingRule:
+def _rule(config: dict[str, Any], end_ids: frozenset[int]) -> SamplingRule:
     from compress.calibration.generate import SamplingRule
 
-    ends = model.generation_config.eos_token_id
-    listed = [ends] if isinstance(ends, int) else list(ends or [])
-    end_ids = frozenset(end for end in (*listed, tokenizer.eos_token_id) if end is not None)
     return SamplingRule(config["temperature"], config["top_p"], end_ids)

@@ -56,11 +56,10 @@ def count_vocabulary(
 
     if source == "generated":
         return count_tokens((found.token_ids[found.loss_mask()] for found in conversations), vocab_size)
-    from tokenizers import Tokenizer
-
     from compress.calibration.texts import python_documents
+    from deploy.formats.tokenizer import load_tokenizer
 
-    tokenizer: Any = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer: Any = load_tokenizer(tokenizer_file)
     documents = [document.text for group in python_documents().values() for document in group]
     encoded = tokenizer.encode_batch(documents, add_special_tokens=False)
     return count_tokens((np.array(found.ids, dtype=np.int64) for found in encoded), vocab_size)

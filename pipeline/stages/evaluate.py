@@ -96,7 +96,7 @@ def _open(context: BuildContext, directory: Path) -> Bundle:
     components = assemble(context.inputs, directory, link_or_copy)
     for name in REQUIRED_FILES:
         if not (directory / name).exists():
-            (directory / name).write_text("")
+            (directory / name).write_text("", encoding="utf-8")
     manifest = write_manifest(
         directory,
         name="evaluated",

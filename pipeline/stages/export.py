@@ -162,8 +162,8 @@ def _facts(
 def _write_documents(bundle: Path, facts: Facts) -> None:
     from pipeline.report.documents import html_report, model_card
 
-    (bundle / "README.md").write_text(model_card(facts))
-    (bundle / "report.html").write_text(html_report(facts))
+    (bundle / "README.md").write_text(model_card(facts), encoding="utf-8")
+    (bundle / "report.html").write_text(html_report(facts), encoding="utf-8")
 
 
 def _provenance(context: BuildContext, source: dict[str, Any]) -> dict[str, Any]:
@@ -214,4 +214,4 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))

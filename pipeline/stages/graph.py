@@ -27,13 +27,20 @@ from pipeline.stages.graph_models import (
     target_stage,
 )
 
+MAX_SEED = 2**31 - 1
+"""What every generator takes that a stage may seed: numpy's old one, in training, takes 32 bits, and a process adds its
+number."""
+
 
 def build_graph(config: Config) -> list[Stage]:
     """The stages that the configuration asks for, in order.
 
-    Raises ValueError when the target cannot be found; everything else is checked by the stages' own checks.
+    Raises ValueError when the seed is out of range or the target cannot be found; everything else is checked by the
+    stages' own checks.
     """
     plain = cast(dict[str, Any], OmegaConf.to_container(cast(DictConfig, config), resolve=True, enum_to_str=True))
+    if not 0 <= plain["seed"] <= MAX_SEED:
+        raise ValueError(f"seed={plain['seed']} is out of range; use a number from 0 to {MAX_SEED}")
     source = find_source(*(plain["target"][key] for key in ("kind", "path", "package", "revision")))
     target = target_stage(source)
     samples = calibrate_stage(plain["calibrate"], plain["seed"], target)

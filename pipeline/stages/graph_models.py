@@ -13,7 +13,7 @@ from pipeline.stages.quantize_check import CALIBRATED
 
 TORCH = ("torch", "transformers")
 VERSIONS = {
-    "target": 1,
+    "target": 2,
     "calibrate": 1,
     "quantize": 1,
     "quality": 1,

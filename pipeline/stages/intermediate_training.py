@@ -159,9 +159,8 @@ def _run_phase(
 
 def _texts(context: BuildContext, text: dict[str, Any], max_length: int) -> Sequence[TokenSequence]:
     """Parts of all documents but those that calibrate holds out. text: `intermediate.pretrain.text`."""
-    from tokenizers import Tokenizer
-
     from compress.calibration import texts
+    from deploy.formats.tokenizer import load_tokenizer
 
     heldout_share = context.config["pretrain"]["text"]["heldout_share"]
     if text["source"] == "python":
@@ -172,7 +171,7 @@ def _texts(context: BuildContext, text: dict[str, Any], max_length: int) -> Sequ
         key = "intermediate.pretrain.text"
         documents = texts.dataset_documents(text["dataset"], text["dataset_split"], text["column"], key)
     kept, _ = texts.split_documents(documents, heldout_share=heldout_share, seed=context.seed)
-    tokenizer: Any = Tokenizer.from_file(str(context.inputs["target"] / MODEL / "tokenizer.json"))
+    tokenizer: Any = load_tokenizer(context.inputs["target"] / MODEL / "tokenizer.json")
     encoded = tokenizer.encode_batch([document.text for document in kept], add_special_tokens=False)
     return cut_documents((found.ids for found in encoded), max_length)
 

@@ -27,7 +27,7 @@ def build(context: BuildContext) -> None:
         for group, sequences in groups.items():
             model_quality, source_quality = measure(source, model, sequences, on_tokens=bar.update)
             found["model"][group], found["source"][group] = model_quality.as_dict(), source_quality.as_dict()
-    (context.out / "quality.json").write_text(json.dumps(found, indent=2) + "\n")
+    (context.out / "quality.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     context.summary.update(found["model"])
     flat = {f"{group}/{key}": value for group, values in found["model"].items() for key, value in values.items()}
     context.tracker.summary(context.stage, flat)

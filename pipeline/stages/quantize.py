@@ -51,7 +51,7 @@ def build(source: Source, key: str, context: BuildContext) -> None:
         stats |= {"inputs": figures, "layers": layers}
     if context.config.get("twin"):
         write_quantized(target, _twin(target), context.out / "twin")
-    (context.out / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
+    (context.out / "stats.json").write_text(json.dumps(stats, indent=2) + "\n", encoding="utf-8")
     counted = {policy: len(layers) for policy, layers in result.fallbacks.items()}
     context.summary.update({**stats, "fallbacks": counted})
     context.summary.pop("layers", None)

@@ -11,19 +11,33 @@ from pipeline.graph import BuildContext
 
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 """For models without a chat template: the messages' contents, joined."""
+BEGINNING = "{{ bos_token }}"
+"""In front of it where every text begins with that token: what a template renders is tokenized without adding any."""
 
 
 def build(source: Source, context: BuildContext) -> None:
     """Writes `model/` (config.json, *.safetensors, tokenizer, chat template) and `source.json`."""
+    from compress.target.boundaries import complete_end_tokens
+
     out = context.out / "model"
     facts = _from_gguf(source, out) if source.kind == "gguf" else _from_directory(source, out)
     if not (out / "chat_template.jinja").is_file():
-        (out / "chat_template.jinja").write_text(PLAIN_TEMPLATE)
+        _write_plain_template(out)
         facts["chat_template"] = "none in the source; messages are joined as they are"
-    (context.out / "source.json").write_text(json.dumps(facts, indent=2) + "\n")
+    added = complete_end_tokens(out)
+    (context.out / "source.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     precision = facts["precision"]
-    context.summary.update(facts)
+    context.summary.update(facts, added_end_tokens=added)
     context.tracker.summary(context.stage, {key: precision[key] for key in ("bits_per_weight", "lossy")})
+
+
+def _write_plain_template(out: Path) -> None:
+    from compress.target.boundaries import begins_with_bos
+
+    path = out / "chat_template.jinja"
+    path.write_text(PLAIN_TEMPLATE, encoding="utf-8")
+    if begins_with_bos(out):
+        path.write_text(BEGINNING + PLAIN_TEMPLATE, encoding="utf-8")
 
 
 def _from_gguf(source: Source, out: Path) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from deploy.formats.chat import FIXED_DAY, TURN_MARKER, ChatTemplate, around_user_turn
+from deploy.formats.chat import FIXED_DAY, ChatTemplate, after_answer, around_user_turn
+from deploy.formats.tokenizer import load_tokenizer, special_ids
 
 Message = Mapping[str, str]
 
@@ -15,16 +16,15 @@ Message = Mapping[str, str]
 class ChatFormat:
     """A tokenizer with a chat template.
 
-    end_ids: tokens that may end an answer. Where the template closes user turns with a special token of its own
-    (Mistral's [/INST]), it is added to them, so that a self-written user turn can end.
+    end_ids: tokens that end an answer, the target's own list (generation_config.json). A template that closes user
+    turns with a special token that ends no answer (Mistral's [/INST]) adds it: a self-written user turn has to end.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, end_ids: Iterable[int]) -> None:
         self.tokenizer, self.template = tokenizer, template
-        added = tokenizer.get_added_tokens_decoder()
-        self._special = {token for token, content in added.items() if content.special}
+        special = special_ids(tokenizer)
         _, bridge = around_user_turn(self._render)
-        closing = next((token for token in self._encode(bridge) if token in self._special), None)
+        closing = next((token for token in self._encode(bridge) if token in special), None)
         self.end_ids = frozenset(end_ids) | (frozenset() if closing is None else {closing})
 
     @classmethod
@@ -33,11 +33,7 @@ class ChatFormat:
 
         Raises ValueError naming a bad file.
         """
-        path = directory / "tokenizer.json"
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises plain Exception
-            raise ValueError(f"{path}: does not load: {error}") from error
+        tokenizer = load_tokenizer(directory / "tokenizer.json")
         return cls(tokenizer, ChatTemplate.from_directory(directory, day=FIXED_DAY), end_ids)
 
     @property
@@ -49,9 +45,8 @@ class ChatFormat:
     @property
     def answer_end_id(self) -> int:
         """The end token that the template writes after an answer; the lowest of `end_ids` where it writes none."""
-        turns = [{"role": "user", "content": TURN_MARKER}, {"role": "assistant", "content": TURN_MARKER}]
-        after = self.template.render(turns, add_generation_prompt=False).rpartition(TURN_MARKER)[2]
-        return next((token for token in self._encode(after) if token in self.end_ids), min(self.end_ids))
+        after = self._encode(after_answer(self.template))
+        return next((token for token in after if token in self.end_ids), min(self.end_ids))
 
     def _render(self, messages: Sequence[Message]) -> str:
         return self.template.render(messages, add_generation_prompt=True)

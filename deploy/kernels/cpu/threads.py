@@ -14,10 +14,11 @@ def _quota_of(directory: Path) -> float | None:
     """CPUs that a control group grants (version 2, then 1), or None where it sets no limit."""
     try:
         if (directory / "cpu.max").exists():
-            quota, period = (directory / "cpu.max").read_text().split()
+            quota, period = (directory / "cpu.max").read_text(encoding="utf-8").split()
             return None if quota == "max" else int(quota) / int(period)
-        microseconds = int((directory / "cpu.cfs_quota_us").read_text())
-        return None if microseconds <= 0 else microseconds / int((directory / "cpu.cfs_period_us").read_text())
+        files = (directory / f"cpu.cfs_{name}_us" for name in ("quota", "period"))
+        granted, microseconds = (int(file.read_text(encoding="utf-8")) for file in files)
+        return None if granted <= 0 else granted / microseconds
     except (OSError, ValueError, ZeroDivisionError):
         return None
 
@@ -26,7 +27,7 @@ def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/
     """The smallest CPU quota on the way from the process's control group to the root, or None."""
     quotas = []
     try:
-        lines = membership.read_text().splitlines()
+        lines = membership.read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     for line in lines:

@@ -117,6 +117,11 @@ def test_a_token_that_begins_every_text_is_no_part_of_the_system_prompt() -> Non
     assert ChatFrame.from_template(renderer(CHATML), ["<|im_end|>"], "<|im_start|>").first == ""
 
 
+def test_a_token_that_begins_every_text_is_no_user_header() -> None:
+    frame = ChatFrame.from_template(renderer("{{ bos_token }}" + JOINED), ["</s>"], "<s>")
+    assert (frame.system, frame.before, frame.after) == ("", "", "")
+
+
 @pytest.mark.parametrize("source", [CHATML, PLAIN_CHATML, LLAMA3, LLAMA31, MISTRAL, MISTRAL_WITHOUT_SYSTEM])
 def test_the_frame_around_a_turn_is_the_templates_prompt(source: str) -> None:
     render = renderer(source)

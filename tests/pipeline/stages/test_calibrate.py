@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.stages import calibrate
 
@@ -31,6 +32,18 @@ CONFIG: dict[str, Any] = {
         "num_heldout": 2,
         "heldout_share": 0.3,
     },
+}
+
+
+NO_TEXT = CONFIG["text"] | {"num_samples": 0, "num_heldout": 0}
+TINY: dict[str, Any] = {
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": WORDS,
+    "tie_word_embeddings": True,
 }
 
 
@@ -82,6 +95,27 @@ def test_the_samples_of_a_file_are_the_same_under_another_name(target: Path, tmp
     assert written[0] == written[1]
     splits = [json.loads(line)["split"] for line in written[0].splitlines()]
     assert splits == ["calibration"] * 6 + ["heldout"] * 2
+
+
+def test_what_ends_a_text_is_the_targets_own_list(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the tokenizer's end token beside it: the target stage has put that into the list, if it is one."""
+    model = target / "model"
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY)).save_pretrained(model)
+    (model / "generation_config.json").write_text('{"eos_token_id": [7, 5]}')
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w3"}')
+    rules = []
+
+    def write_nothing(_model: Any, _vocabulary: Any, rule: Any, **_budget: Any) -> list[list[int]]:
+        rules.append(rule)
+        return []
+
+    monkeypatch.setattr("compress.calibration.generate.write_free_texts", write_nothing)
+    free = {"num_samples": 1, "num_tokens": 4, "temperature": 1.0, "top_p": 0.9, "drop_share": 0.0}
+    context = make_context(target, tmp_path / "out", CONFIG | {"free": free} | {"text": NO_TEXT})
+    calibrate.build(NO_TEXT, context)
+    assert [rule.end_ids for rule in rules] == [{5, 7}]
 
 
 def make_context(target: Path, out: Path, keyed: dict[str, Any]) -> Any:

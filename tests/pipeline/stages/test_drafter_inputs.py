@@ -54,6 +54,17 @@ def test_text_counts_are_of_pythons_own_texts(tmp_path: Path) -> None:
     assert counts[3] == 0
 
 
+def test_text_counts_are_of_whole_texts_as_long_as_they_are(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"?": 0, "import": 1, "the": 2, "zyxw": 3}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8, pad_id=3, pad_token="zyxw")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    counts = count_vocabulary("text", [], tmp_path / "tokenizer.json", 4)
+    assert min(counts[:3]) > 1000
+    assert counts[3] == 0
+
+
 @pytest.fixture
 def context(tmp_path: Path) -> Any:
     (tmp_path / "model").mkdir()

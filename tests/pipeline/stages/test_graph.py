@@ -6,17 +6,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from deploy.runtime.sampling import SamplingParams
 from pipeline.cli import config_directory
 from pipeline.graph import Stage, order_stages
 from pipeline.manifest import Key
 from pipeline.schema import register
 from pipeline.stages.eagle import feature_layers
 from pipeline.stages.eagle_schema import TrainConfig
-from pipeline.stages.graph import build_graph
+from pipeline.stages.graph import MAX_SEED, build_graph
 from train.loop.settings import TrainSettings
 
 Graph = Callable[..., dict[str, Stage]]
@@ -103,6 +106,20 @@ def test_a_licence_is_the_bundles_alone(graph: Graph) -> None:
 def test_only_what_is_random_has_the_seed(graph: Graph) -> None:
     seeded = [name for name, stage in graph("seed=5").items() if stage.seed == 5]
     assert seeded == ["calibrate", "generate", "eagle-target", "intermediate", "eagle-intermediate", "evaluate"]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31, 2**63])
+def test_a_seed_that_some_generator_does_not_take_is_refused(graph: Graph, seed: int) -> None:
+    with pytest.raises(ValueError, match=rf"^seed={seed} is out of range; use a number from 0 to 2147483647$"):
+        graph(f"seed={seed}")
+
+
+def test_the_greatest_seed_is_one_that_every_generator_takes(graph: Graph) -> None:
+    assert graph(f"seed={MAX_SEED}")["calibrate"].seed == MAX_SEED
+    np.random.RandomState(MAX_SEED + 1000)  # as accelerate.utils.set_seed seeds process 1000
+    np.random.default_rng(MAX_SEED)
+    torch.Generator().manual_seed(MAX_SEED + 1)
+    SamplingParams(seed=MAX_SEED)
 
 
 @pytest.mark.parametrize(

@@ -86,3 +86,15 @@ def test_a_template_that_writes_the_date_writes_the_same_one_every_day(
     chat = ChatFormat.open(tmp_path, [2])
     assert chat.prompt_ids([USER]) == today
     assert chat.text(today).startswith(f"Today: {FIXED_DAY:%d %b %Y}\n")
+
+
+def test_a_prompt_is_whole_whatever_length_the_tokenizer_was_trained_with(tools: Any, tmp_path: Path) -> None:
+    tokenizer = tools.tokenizer()
+    tokenizer.enable_truncation(7)
+    tokenizer.enable_padding(length=7)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "chat_template.jinja").write_text(tools.CHATML)
+    opened = ChatFormat.open(tmp_path, [2])
+    assert opened.prompt_ids([USER]) == tools.chat().prompt_ids([USER])
+    assert opened.token_ids("x") == tools.chat().token_ids("x")
