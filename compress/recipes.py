@@ -14,19 +14,22 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy, fake_quantize
 from compressed_tensors.quantization.lifecycle import apply
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.core import State, reset_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.observers import Observer
 from llmcompressor.pipelines.data_free import pipeline as data_free
 from llmcompressor.pipelines.sequential import pipeline as sequential
 from loguru import logger as library_logger
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compress.grids import WeightGrid
+from compress.quantized_inputs import linear_with
 from deploy.formats.packed import GroupedInt
 
 CPU = torch.device("cpu")
@@ -58,15 +61,21 @@ class CountingGPTQ(GPTQModifier):
             try:
                 super().compress_module_list([module])
             except torch.linalg.LinAlgError:
-                # The library falls back when H has no factor, but not when only its inverse has none. Under an
-                # identity nothing is passed on from column to column, which is rounding to nearest.
-                self._hessians[module] = torch.eye(module.get_parameter("weight").shape[1])
+                # The library falls back when H has no factor, but not when only its inverse has none.
+                self.round_only(module)
                 self._num_samples[module] = num_samples
                 for name, value in statistics.items():
                     setattr(observer, name, value)
                 super().compress_module_list([module])
-                self._rtn_fallback_module_names.append(self._module_names[module])
             _on_layers(1)
+
+    def round_only(self, module: torch.nn.Module) -> None:
+        """Counts a layer as fallen back and gives it the Hessian under which GPTQ rounds to nearest.
+
+        Under an identity nothing is passed on from column to column.
+        """
+        self._hessians[module] = torch.eye(module.get_parameter("weight").shape[1])
+        self._rtn_fallback_module_names.append(self._module_names[module])
 
 
 _fallen_back: list[str] = []
@@ -93,6 +102,22 @@ def weight_scheme(
     return QuantizationScheme(targets=list(targets), weights=weights, input_activations=activations)
 
 
+@torch.no_grad()
+def rounded(weight: Tensor, inputs: Tensor, grid: WeightGrid, observer: str) -> Tensor:
+    """A weight [out, in] as a recipe without GPTQ writes it: each value at the nearest code of its group's grid.
+
+    inputs: [rows, in], of which an observer that weighs by inputs takes the squares; the others look at none. Returns
+    what the codes stand for, float32 [out, in].
+    """
+    layer, arguments = linear_with(weight, None), weight_scheme(grid, observer).weights
+    observes: Any = Observer.load_from_registry(observer, base_name="weight", args=arguments)
+    observes.attach(layer)
+    layer(inputs)
+    observes.detach(layer)
+    found = observes(weight).get_qparams()
+    return fake_quantize(weight, found["scale"].float(), found["zero_point"].float(), arguments)
+
+
 def load_model(model_dir: Path) -> PreTrainedModel:
     """An unquantized model directory in float32."""
     return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
@@ -103,10 +128,14 @@ def run_recipe(
     modifier: Modifier,
     samples: Sequence[Sequence[int]] | None = None,
     on_layers: Callable[[int], None] | None = None,
+    *,
+    only_watches: bool = False,
 ) -> list[str]:
     """Runs one modifier over the model, in place; returns the layers that fell back.
 
     samples: calibration token ids, where it calibrates. on_layers: called with the number of layers that GPTQ just did.
+    only_watches: the modifier changes nothing before all samples have passed, so each layer need not run again to find
+    what it passes on.
     """
     global _on_layers
     _fallen_back.clear()
@@ -124,6 +153,7 @@ def run_recipe(
             "max_seq_length": max(len(s) for s in samples),
             "shuffle_calibration_samples": False,
             "batch_size": 1,
+            "propagate_error": not only_watches,
         }
     try:
         # Its bar is shown even where TQDM_DISABLE asks for none; ours says more.

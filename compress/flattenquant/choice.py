@@ -1,67 +1,99 @@
-"""Where a site is flattened and with how many bits: error measures and the criterion, functions of tensors.
+"""How a site is split and with how many bits: error measures and criteria, functions of tensors.
 
 Measured is the output error of a site's worst layer (compress/row_errors.py) with weights and inputs of 4 bits and of
-8, both with channels split at the same threshold and weights rounded to nearest. By the criterion `ratio` (the paper's,
-arXiv 2402.17985) a site gets 4 bits where error_4 < γ · error_8; by the criterion `error` where error_4 < γ. Weights
-count as well as inputs, since with few bits they are the larger part. Grids of 7 and of 127 steps make nearly every
+8, the bias included and the weights rounded to nearest on the grid that is written; GPTQ, which comes later, is left
+out. By the criterion `ratio` (the paper's, arXiv 2402.17985) a site gets 4 bits where error_4 < γ · error_8; by the
+criterion `error` where error_4 < γ. Weights count as well as inputs. Grids of 7 and of 127 steps make nearly every
 ratio 18, and the smallest ratios belong to the sites that 8 bits serve worst, so the second criterion is there
 (docs/methods.md).
+
+The threshold is the paper's, β · mean, or (`search`) for 4 bits the one of a list with the least error. The paper's
+holds the largest value of every channel; a grid of 15 numbers is better spent on the many small values, as clipping
+searches for weights and inputs have long found (ACIQ, arXiv 1810.05723; OMSE, arXiv 1902.06822). 8 bits keep the
+paper's: clipping gains little where the steps are small.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from compress.flattenquant.flatten import (
     PADDED_TO,
     capped_threshold,
     copy_counts,
+    copy_numbers,
     flatten_codes,
     flatten_index,
     flatten_threshold,
+    outlier_counts,
     padded_counts,
 )
 from compress.row_errors import relative_error
 
 BITS = (4, 8)
+SHRINKAGE = (1.0, 0.85, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3, 0.25)
+"""Of the paper's threshold, what `search` tries: steps of about 2^(-1/4)."""
+
 Criterion = Literal["ratio", "error"]
+Threshold = Literal["mean", "search"]
+Layer = tuple[Tensor, Tensor | None]
+"""Weight [out, C] and bias [out] of a layer."""
+Rounding = Callable[[Tensor, Tensor, int], Tensor]
+"""(weight [out, C'], its inputs [rows, C'], bits) → the weight rounded as the model's will be, GPTQ left out."""
 
 
 @dataclass(frozen=True)
 class FlattenRule:
     """How every site is decided.
 
-    beta: of the threshold. max_expansion: C'/C that the threshold is raised to keep, before padding. criterion, gamma:
-    which sites get 4 bits. group_size: input channels per weight scale; None for one per output channel.
+    beta: of the threshold. threshold: β · mean for all, or searched for 4 bits. max_expansion: C'/C that no threshold
+    may exceed, before padding. criterion, gamma: which sites get 4 bits. group_size, symmetric, observer: the weights'
+    grid; group_size: input channels per scale, None for one per output channel; observer: llmcompressor's, of ranges.
     """
 
     beta: float
+    threshold: Threshold
     max_expansion: float
     criterion: Criterion
     gamma: float
     group_size: int | None
+    symmetric: bool
+    observer: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a site's channels are split. index: int64 [C'], the channel of each column. threshold: T."""
+
+    index: Tensor
+    threshold: float
 
 
 @dataclass(frozen=True)
 class Flattening:
     """What was decided for a site.
 
-    index: int64 [C'], the channel of each column. threshold: T. errors: bits → relative error of the worst layer's
-    output. bits: for weights and inputs.
+    splits: bits → how channels are split with so many. errors: bits → relative error of the worst layer's output.
+    bits: for weights and inputs.
     """
 
-    index: Tensor
-    threshold: float
+    splits: Mapping[int, Split]
     errors: Mapping[int, float]
     bits: int
 
     @property
+    def split(self) -> Split:
+        """Of the chosen bits."""
+        return self.splits[self.bits]
+
+    @property
     def scale(self) -> float:
         """Of the inputs: T / qmax."""
-        return self.threshold / largest_code(self.bits)
+        return self.split.threshold / largest_code(self.bits)
 
 
 def largest_code(bits: int) -> int:
@@ -69,40 +101,89 @@ def largest_code(bits: int) -> int:
     return int((1 << (bits - 1)) - 1)
 
 
-def decide(channel_max: Tensor, x: Tensor, weights: Sequence[Tensor], rule: FlattenRule) -> Flattening:
+def decide(
+    channel_max: Tensor, x: Tensor, layers: Sequence[Layer], rule: FlattenRule, round_weights: Rounding
+) -> Flattening:
     """The flattening of one site.
 
-    channel_max: [C], max |x_j| over the calibration set; x: [rows, C], some of the set's inputs; weights: [out, C] of
-    each layer that reads them.
+    channel_max: [C], max |x_j| over the calibration set; x: [rows, C], some of the set's inputs; layers: those that
+    read them.
     """
+    whole = mean_split(channel_max, rule)
+    splits, errors = {}, {}
+    for bits in BITS:
+        split, rounded = whole, rounded_columns(x, layers, whole, bits, round_weights)
+        if bits == 4 and rule.threshold == "search":
+            originals = [weight[:, copy_numbers(whole.index) == 0] for weight in rounded]
+            split = best_split(x, layers, [whole, *shrunk_splits(channel_max, rule)], bits, originals)
+            if split is not whole:
+                rounded = rounded_columns(x, layers, split, bits, round_weights)
+        splits[bits], errors[bits] = split, worst_error(x, layers, split, bits, rounded)
+    return Flattening(splits, errors, choose_bits(errors, rule.criterion, rule.gamma))
+
+
+def mean_split(channel_max: Tensor, rule: FlattenRule) -> Split:
+    """By the paper's rule: no channel is cut off anywhere. T is raised to keep `max_expansion`."""
     threshold = flatten_threshold(channel_max, rule.beta)
     threshold = capped_threshold(channel_max, threshold, rule.max_expansion)
+    return _padded(channel_max, copy_counts(channel_max, threshold), threshold, rule)
+
+
+def shrunk_splits(channel_max: Tensor, rule: FlattenRule) -> list[Split]:
+    """At t · β · mean for every t of SHRINKAGE, outliers split and ordinary channels cut off; none beyond the cap."""
+    splits = []
+    for shrinkage in SHRINKAGE:
+        threshold = shrinkage * flatten_threshold(channel_max, rule.beta)
+        counts = outlier_counts(channel_max, threshold)
+        if int(counts.sum()) <= rule.max_expansion * len(channel_max):
+            splits.append(_padded(channel_max, counts, threshold, rule))
+    return splits
+
+
+def _padded(channel_max: Tensor, counts: Tensor, threshold: float, rule: FlattenRule) -> Split:
     multiple = max(PADDED_TO, rule.group_size or 0)
-    counts = padded_counts(channel_max, copy_counts(channel_max, threshold), threshold, multiple)
-    index = flatten_index(counts)
-    errors = {bits: max(output_error(x, W, index, threshold, bits, rule.group_size) for W in weights) for bits in BITS}
-    return Flattening(index, threshold, errors, choose_bits(errors, rule.criterion, rule.gamma))
+    return Split(flatten_index(padded_counts(channel_max, counts, threshold, multiple)), threshold)
+
+
+def best_split(
+    x: Tensor, layers: Sequence[Layer], splits: Sequence[Split], bits: int, originals: Sequence[Tensor]
+) -> Split:
+    """The one of `splits` with the least error of the worst layer.
+
+    originals: each layer's rounded weight [out, C], of which every split repeats columns. Rounding it anew for each
+    would be most of the work, and repeated columns hardly move a range. x: [rows, C].
+    """
+
+    def error(split: Split) -> float:
+        return worst_error(x, layers, split, bits, [weight[:, split.index] for weight in originals])
+
+    return min(splits, key=error)
+
+
+def rounded_columns(
+    x: Tensor, layers: Sequence[Layer], split: Split, bits: int, round_weights: Rounding
+) -> list[Tensor]:
+    """Ŵ' [out, C'] of each layer, as the model will have it for inputs x [rows, C]."""
+    copies = quantized_copies(x, split, bits)
+    return [round_weights(weight[:, split.index].contiguous(), copies, bits) for weight, _ in layers]
+
+
+def worst_error(x: Tensor, layers: Sequence[Layer], split: Split, bits: int, rounded: Sequence[Tensor]) -> float:
+    """Relative error of the worst layer's x̂'·Ŵ'ᵀ + b against x·Wᵀ + b. x: [rows, C]; rounded: Ŵ' of each layer."""
+    copies = quantized_copies(x, split, bits)
+    return max(
+        relative_error(linear(x, weight, bias), linear(copies, columns, bias))
+        for (weight, bias), columns in zip(layers, rounded, strict=True)
+    )
+
+
+def quantized_copies(x: Tensor, split: Split, bits: int) -> Tensor:
+    """x̂' [rows, C'] of x [rows, C]: the copies' codes times their scale."""
+    scale = split.threshold / largest_code(bits)
+    return flatten_codes(torch.round(x / scale), split.index, largest_code(bits)) * scale
 
 
 def choose_bits(errors: Mapping[int, float], criterion: Criterion, gamma: float) -> int:
     """4 or 8. errors: bits → relative error of the site's worst layer."""
     limit = gamma * errors[8] if criterion == "ratio" else gamma
     return 4 if errors[4] < limit else 8
-
-
-def output_error(x: Tensor, W: Tensor, index: Tensor, threshold: float, bits: int, group_size: int | None) -> float:
-    """Relative error of x̂'·Ŵ'ᵀ against x·Wᵀ, with flattened inputs and weights rounded to `bits`.
-
-    x: [rows, C]; W: [out, C].
-    """
-    scale = threshold / largest_code(bits)
-    expanded = flatten_codes(torch.round(x / scale), index, largest_code(bits)) * scale
-    return relative_error(x @ W.T, expanded @ round_weights(W[:, index], bits, group_size).T)
-
-
-def round_weights(W: Tensor, bits: int, group_size: int | None) -> Tensor:
-    """W [out, C'] rounded to nearest, symmetric, a scale per output channel or per group of `group_size` inputs."""
-    grouped = W.unflatten(1, (-1, group_size or W.shape[1]))
-    largest = largest_code(bits)
-    scale = (grouped.abs().amax(-1, keepdim=True) / largest).clamp(min=torch.finfo(W.dtype).tiny)
-    return (torch.round(grouped / scale).clamp(-largest, largest) * scale).flatten(1)

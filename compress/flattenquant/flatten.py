@@ -4,8 +4,9 @@ A channel whose largest value m_j exceeds the threshold T is carried by n_j = �
 most T, and the weight's column is repeated for each of them. Copies sum to the channel's value exactly, so one scale
 T / qmax serves the whole layer, and it is as small as the ordinary channels need.
 
-Deviations: T is raised where the layer would grow beyond a cap; and columns are padded to a multiple of the kernels'
-width with further copies, which take what calibration never saw.
+Deviations: T is raised where the layer would grow beyond a cap; columns are padded to a multiple of the kernels' width
+with further copies, which take what calibration never saw; and on request only a boxplot's outliers are split, ordinary
+channels being cut off at T (`outlier_counts`).
 """
 
 import torch
@@ -24,9 +25,15 @@ def flatten_threshold(channel_max: Tensor, beta: float) -> float:
     if beta <= 0:
         raise ValueError(f"beta={beta} must be above 0")
     m = channel_max.double()
-    q1, q3 = torch.quantile(m, torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()
-    threshold = beta * float(m[m <= q3 + 1.5 * (q3 - q1)].mean())
+    threshold = beta * float(m[m <= boxplot_fence(m)].mean())
     return threshold or float(m.max()) or 1.0
+
+
+def boxplot_fence(channel_max: Tensor) -> float:
+    """Q3 + 1.5·(Q3 − Q1) of the channels' maxima [C], in their unit: channels beyond it are outliers."""
+    quartiles = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    q1, q3 = torch.quantile(channel_max.double(), quartiles).tolist()
+    return float(q3 + 1.5 * (q3 - q1))
 
 
 def copy_counts(channel_max: Tensor, threshold: float) -> Tensor:
@@ -37,6 +44,17 @@ def copy_counts(channel_max: Tensor, threshold: float) -> Tensor:
     if threshold <= 0:
         raise ValueError(f"threshold={threshold} must be above 0")
     return torch.ceil(channel_max.double() / threshold).long().clamp(min=1)
+
+
+def outlier_counts(channel_max: Tensor, threshold: float) -> Tensor:
+    """Copies where only outliers are split: ⌈m_j / T⌉ beyond the boxplot's fence, 1 elsewhere.
+
+    An ordinary channel is cut off at T; an outlier never is, for the first tokens' massive activations lie in outliers
+    and their neighbours cannot stand in for them. channel_max: [C], in the unit of `threshold`. Returns int64 [C].
+    Raises ValueError when threshold is not positive.
+    """
+    counts = copy_counts(channel_max, threshold)
+    return torch.where(channel_max.double() > boxplot_fence(channel_max), counts, 1)
 
 
 def capped_threshold(channel_max: Tensor, threshold: float, max_expansion: float) -> float:

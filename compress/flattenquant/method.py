@@ -5,11 +5,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedModel
+
 from compress.flattenquant.choice import BITS, FlattenRule
-from compress.flattenquant.modifier import FlattenLinear, FlattenQuantModifier
+from compress.flattenquant.modifier import FlattenedGPTQ, FlattenLinear, FlattenQuantModifier
 from compress.grids import QuantizedLayers, WeightGrid
 from compress.oneshot import SingularPolicy, counted_fallbacks
-from compress.recipes import CountingGPTQ, load_model, read_grids, run_recipe, weight_scheme
+from compress.recipes import load_model, read_grids, run_recipe, weight_scheme
 from compress.smoothquant import norm_weights, smooth
 
 INNER = ".inner"
@@ -17,13 +21,16 @@ INNER = ".inner"
 
 @dataclass(frozen=True)
 class SolverRule:
-    """How the flattened weights are quantized: GPTQ, their range by llmcompressor's `observer`."""
+    """How the flattened weights are quantized: GPTQ.
 
-    symmetric: bool
-    observer: str
+    dampening: fraction of the Hessian's mean diagonal. correct_inputs: whether weights first make up for what rounding
+    takes from their inputs (`correction`).
+    """
+
     dampening: float
     activation_order: bool
     on_singular: SingularPolicy
+    correct_inputs: bool
 
 
 def flattenquant(
@@ -41,19 +48,14 @@ def flattenquant(
     on_layers: called with the number of layers just done. Raises SettingError when a Hessian is singular and
     solver.on_singular is "error".
     """
-    model = load_model(model_dir)
-    norms = {}
-    if alpha is not None:
-        smooth(model, samples, alpha)
-        norms = norm_weights(model)
-    run_recipe(model, FlattenQuantModifier(**asdict(rule), num_samples=len(samples)), samples)
-    flattened = {name: module for name, module in model.named_modules() if isinstance(module, FlattenLinear)}
-    recipe = CountingGPTQ(
-        config_groups=_groups(flattened, rule, solver),
+    model, norms = _flattened_model(model_dir, samples, rule, alpha)
+    flattened = _flattened_layers(model)
+    recipe = FlattenedGPTQ(
+        config_groups=_groups(flattened, rule),
         ignore=["lm_head"],
         dampening_frac=solver.dampening,
         actorder="static" if solver.activation_order else None,
-        keeps_unseen=True,  # a copy that calibration never filled is there for what may come
+        correct_inputs=solver.correct_inputs,
     )
     fallen_back = [name.removesuffix(INNER) for name in run_recipe(model, recipe, samples, on_layers)]
     return QuantizedLayers(
@@ -65,22 +67,56 @@ def flattenquant(
     )
 
 
-def _groups(flattened: dict[str, FlattenLinear], rule: FlattenRule, solver: SolverRule) -> dict[str, Any]:
+def choices(
+    model_dir: Path, samples: Sequence[Sequence[int]], rule: FlattenRule, *, alpha: float | None
+) -> dict[str, dict[str, float | None]]:
+    """Layer name → what `flattenquant` would decide of it and why, without quantizing anything.
+
+    Of rule.gamma only "bits" depends.
+    """
+    model, _ = _flattened_model(model_dir, samples, rule, alpha)
+    return {name: _choice(module) for name, module in _flattened_layers(model).items()}
+
+
+def _flattened_model(
+    model_dir: Path, samples: Sequence[Sequence[int]], rule: FlattenRule, alpha: float | None
+) -> tuple[PreTrainedModel, dict[str, npt.NDArray[np.float32]]]:
+    """A model with FlattenLinear for its linear layers, weights not rounded, and the norms that smoothing changed."""
+    model = load_model(model_dir)
+    norms = {}
+    if alpha is not None:
+        smooth(model, samples, alpha)
+        norms = norm_weights(model)
+    run_recipe(model, FlattenQuantModifier(**asdict(rule), num_samples=len(samples)), samples, only_watches=True)
+    return model, norms
+
+
+def _flattened_layers(model: PreTrainedModel) -> dict[str, FlattenLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, FlattenLinear)}
+
+
+def _groups(flattened: dict[str, FlattenLinear], rule: FlattenRule) -> dict[str, Any]:
     """The recipe's groups, one for each number of bits that occurs."""
     groups = {}
     for bits in BITS:
         targets = [name + INNER for name, module in flattened.items() if module.flattening.bits == bits]
         if targets:
-            grid = WeightGrid(bits, rule.group_size, solver.symmetric)
-            groups[f"bits_{bits}"] = weight_scheme(grid, solver.observer, targets)
+            grid = WeightGrid(bits, rule.group_size, rule.symmetric)
+            groups[f"bits_{bits}"] = weight_scheme(grid, rule.observer, targets)
     return groups
 
 
-def _choice(module: FlattenLinear) -> dict[str, float]:
-    """Why a layer got its bits: errors and threshold of its site."""
+def _choice(module: FlattenLinear) -> dict[str, float | None]:
+    """Why a layer got its bits: threshold, columns and error of its site with either number of them.
+
+    correction_dampening: of its weights' correction; None without one.
+    """
     found = module.flattening
-    return {
-        "bits": found.bits,
-        "threshold": found.threshold,
-        **{f"error_{bits}": error for bits, error in found.errors.items()},
-    }
+    told: dict[str, float | None] = {"bits": found.bits, "correction_dampening": module.correction_dampening}
+    for bits, split in found.splits.items():
+        told |= {
+            f"threshold_{bits}": split.threshold,
+            f"columns_{bits}": len(split.index),
+            f"error_{bits}": found.errors[bits],
+        }
+    return told

@@ -5,6 +5,7 @@ before GPTQ's. GPTQ then finds `inner`, whose inputs are the quantized copies th
 """
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,12 @@ from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
-from compress.flattenquant.choice import Criterion, Flattening, FlattenRule, decide
+from compress.flattenquant.choice import Criterion, Flattening, FlattenRule, Threshold, decide
+from compress.flattenquant.correction import MULTIPLES, Products, best_dampening, weight_change
+from compress.flattenquant.flatten import copy_numbers
+from compress.grids import WeightGrid
 from compress.quantized_inputs import InputQuantizedLinear, QuantizedInputs, linear_with
+from compress.recipes import CountingGPTQ, rounded
 from compress.sites import input_sites
 from deploy.formats.activations import ActivationGrid, LayerInputs
 
@@ -24,17 +29,21 @@ ROWS_PER_SITE = 256
 
 
 class FlattenLinear(InputQuantizedLinear):
-    """A linear layer whose inputs `expand` flattens and quantizes, and whose `inner` has the repeated columns."""
+    """A linear layer whose inputs `expand` flattens and quantizes, and whose `inner` has the repeated columns.
+
+    correction_dampening: of the correction that `inner` got (`correction`); None before or without one.
+    """
 
     def __init__(self, linear: nn.Linear, flattening: Flattening) -> None:
         grid = ActivationGrid(4 if flattening.bits == 4 else 8, "tensor")
-        index = flattening.index.numpy().astype(np.int32)
-        inputs = LayerInputs(grid, float(np.float32(flattening.scale)), index)
-        weight = linear.weight.data[:, flattening.index].contiguous()
+        index = flattening.split.index
+        inputs = LayerInputs(grid, float(np.float32(flattening.scale)), index.numpy().astype(np.int32))
+        weight = linear.weight.data[:, index].contiguous()
         super().__init__(
             QuantizedInputs(inputs), linear_with(weight, None if linear.bias is None else linear.bias.data)
         )
         self.flattening = flattening
+        self.correction_dampening: float | None = None
 
 
 class _Inputs:
@@ -62,10 +71,13 @@ class FlattenQuantModifier(Modifier):
 
     requires_calibration_data: bool = True
     beta: float
+    threshold: Threshold
     max_expansion: float
     criterion: Criterion
     gamma: float
     group_size: int | None
+    symmetric: bool
+    observer: str
     num_samples: int
 
     _sites: list[tuple[str, ...]] = PrivateAttr(default_factory=list)
@@ -86,13 +98,14 @@ class FlattenQuantModifier(Modifier):
 
     def on_sequential_epoch_end(self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any) -> None:
         """Decides the sites that the samples have passed, so that their rows need not be kept."""
-        rule = FlattenRule(self.beta, self.max_expansion, self.criterion, self.gamma, self.group_size)
+        rule = FlattenRule(**{field.name: getattr(self, field.name) for field in fields(FlattenRule)})
         for first, *others in self._sites:
             seen = self._inputs.get(first)
             if seen is None or seen.channel_max is None:
                 continue
-            weights = [state.model.get_submodule(name).get_parameter("weight").data for name in (first, *others)]
-            self._decided[first] = decide(seen.channel_max, torch.cat(seen.rows), weights, rule)
+            linears: list[Any] = [state.model.get_submodule(name) for name in (first, *others)]
+            layers = [(linear.weight.data, None if linear.bias is None else linear.bias.data) for linear in linears]
+            self._decided[first] = decide(seen.channel_max, torch.cat(seen.rows), layers, rule, self._round)
             del self._inputs[first]
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -102,6 +115,9 @@ class FlattenQuantModifier(Modifier):
                 linear: Any = state.model.get_submodule(name)
                 state.model.set_submodule(name, FlattenLinear(linear, self._decided[site[0]]))
 
+    def _round(self, weight: Tensor, inputs: Tensor, bits: int) -> Tensor:
+        return rounded(weight, inputs, WeightGrid(bits, self.group_size, self.symmetric), self.observer)
+
     def _watch(self, name: str) -> Callable[..., None]:
         rows_per_sample = -(-ROWS_PER_SITE // self.num_samples)
 
@@ -109,3 +125,75 @@ class FlattenQuantModifier(Modifier):
             self._inputs[name].add(arguments[0].detach().flatten(0, -2), rows_per_sample)
 
         return hook
+
+
+class _Halves:
+    """Products of a site's inputs with their copies, over two halves of the samples.
+
+    A sample's half is the parity of its number's binary ones, so that kinds of text that come in turn are in both.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[int, Products] = {}
+        self.num_samples = 0
+
+    def add(self, x: Tensor, copies: Tensor, index: Tensor) -> None:
+        """One sample. x: [tokens, C]; copies: [tokens, C']; index: as of Products."""
+        half, products = self.num_samples.bit_count() % 2, Products.of(x, copies, index)
+        self.found[half] = self.found[half] + products if half in self.found else products
+        self.num_samples += 1
+
+
+def _watch_copies(halves: _Halves) -> Callable[..., None]:
+    def hook(expand: QuantizedInputs, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        assert expand.index is not None
+        x, copies = (value.detach().flatten(0, -2).float() for value in (arguments[0], output))
+        halves.add(x, copies, expand.index)
+
+    return hook
+
+
+class FlattenedGPTQ(CountingGPTQ):
+    """GPTQ of FlattenLinear's `inner` layers.
+
+    correct_inputs: whether 4-bit layers' weights first make up for what their inputs lost (`correction`), before ranges
+    are observed. A layer for which a damped Hessian has no factor is rounded to nearest instead, and counted.
+    """
+
+    keeps_unseen: bool = True  # a copy that calibration never filled is there for what may come
+    correct_inputs: bool = False
+
+    _corrected: dict[nn.Module, tuple[FlattenLinear, _Halves]] = PrivateAttr(default_factory=dict)
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        super().on_calibration_start(state, event, **kwargs)
+        flattened = {name: module for name, module in state.model.named_modules() if isinstance(module, FlattenLinear)}
+        for site in input_sites(flattened) if self.correct_inputs else []:
+            first = flattened[site[0]]
+            if first.flattening.bits != 4:
+                continue  # 8 bits lose too little to be worth the time
+            halves = _Halves()
+            self.register_hook(first.expand, _watch_copies(halves), "forward")
+            self._corrected |= {flattened[name].inner: (flattened[name], halves) for name in site}
+
+    def on_sequential_epoch_end(self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any) -> None:
+        """Corrects the layers that the samples have passed, all of which GPTQ rounds next."""
+        for inner in self._num_samples:
+            if inner in self._corrected:
+                self._correct(inner, *self._corrected.pop(inner))
+        super().on_sequential_epoch_end(state, event, modules, **kwargs)
+
+    def _correct(self, inner: nn.Module, layer: FlattenLinear, halves: _Halves) -> None:
+        if len(halves.found) < 2 or self.dampening_frac is None:
+            return
+        one, other = halves.found.values()
+        repeated = layer.inner.weight.data
+        W = repeated[:, copy_numbers(layer.flattening.split.index) == 0]
+        try:
+            dampening = best_dampening(W, (one, other), [each * self.dampening_frac for each in MULTIPLES])
+            if dampening is not None:
+                layer.inner.weight.data = repeated + weight_change(W, one + other, dampening)
+        except torch.linalg.LinAlgError:
+            self.round_only(inner)
+            return
+        layer.correction_dampening = dampening

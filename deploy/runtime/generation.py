@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 from tokenizers import Tokenizer
 
@@ -42,7 +42,7 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens} is out of range; use 1 or more")
-        if isinstance(self.stop, str):
+        if isinstance(cast(object, self.stop), str):
             raise ValueError(
                 f"stop={self.stop!r} is one text, each of whose characters would end the answer; use a tuple"
             )

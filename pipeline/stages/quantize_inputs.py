@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.grids import QuantizedLayers, WeightGrid
 from compress.target.sources import Source
 from pipeline.graph import BuildContext
 from pipeline.stages.calibrate import SAMPLES
+
+if TYPE_CHECKING:
+    from compress.flattenquant.choice import FlattenRule
 
 OBSERVERS = {"minmax": "memoryless_minmax", "mse": "memoryless_mse", "imatrix_mse": "imatrix_mse"}
 CHOICE_SAMPLES = 8
@@ -19,10 +22,13 @@ MEASURED_SAMPLES = 12
 
 def calibration_ids(context: BuildContext, at_most: int | None = None) -> list[list[int]]:
     """Token ids of the samples that the configuration asks for; at_most: the first so many, the groups in turn."""
+    return _ids(context.config, context.inputs["calibrate"], at_most)
+
+
+def _ids(config: dict[str, Any], calibrate: Path, at_most: int | None = None) -> list[list[int]]:
     from compress.calibration.samples import read_samples, spread
 
-    config = context.config
-    samples = read_samples(context.inputs["calibrate"] / SAMPLES, "calibration", config["calibration"])
+    samples = read_samples(calibrate / SAMPLES, "calibration", config["calibration"])
     samples = spread(samples, config["num_samples"])
     if at_most is not None:
         samples = spread(samples, min(at_most, len(samples)))
@@ -55,23 +61,38 @@ def smoothquant(context: BuildContext, target: Path, source: Source) -> Quantize
 
 def flattenquant(context: BuildContext, target: Path, source: Source) -> QuantizedLayers:
     """FlattenQuant with GPTQ on the flattened weights."""
-    from compress.flattenquant.choice import FlattenRule
     from compress.flattenquant.method import SolverRule
     from compress.flattenquant.method import flattenquant as method
 
     config, samples = context.config, calibration_ids(context)
-    weights = config["weights"]
-    rule = FlattenRule(
-        group_size=weights["group_size"],
-        **{key: config[key] for key in ("beta", "max_expansion", "criterion", "gamma")},
-    )
+    rule = _flatten_rule(config)
     solver = SolverRule(
-        symmetric=weights["symmetric"],
-        observer=OBSERVERS[weights["observer"]],
-        **{key: config[key] for key in ("dampening", "activation_order", "on_singular")},
+        **{key: config[key] for key in ("dampening", "activation_order", "on_singular", "correct_inputs")}
     )
     with context.progress(num_layers(target), f"FlattenQuant on {len(samples)} samples", "layers") as bar:
         return method(target, samples, rule, solver, alpha=config["alpha"], on_layers=bar.update)
+
+
+def flattenquant_choices(config: dict[str, Any], target: Path, calibrate: Path) -> dict[str, dict[str, float | None]]:
+    """Layer name → what FlattenQuant would decide of it (its `choice` in stats.json), without quantizing anything.
+
+    config: of the method. target: the model directory; calibrate: the artifact.
+    """
+    from compress.flattenquant.method import choices
+
+    return choices(target, _ids(config, calibrate), _flatten_rule(config), alpha=config["alpha"])
+
+
+def _flatten_rule(config: dict[str, Any]) -> FlattenRule:
+    from compress.flattenquant.choice import FlattenRule
+
+    weights = config["weights"]
+    return FlattenRule(
+        group_size=weights["group_size"],
+        symmetric=weights["symmetric"],
+        observer=OBSERVERS[weights["observer"]],
+        **{key: config[key] for key in ("beta", "threshold", "max_expansion", "criterion", "gamma")},
+    )
 
 
 def describe_layers(

@@ -83,6 +83,13 @@ class Criterion(Enum):
     error = "error"
 
 
+class Threshold(Enum):
+    """mean: beta times the mean for every layer (the paper's). search: for 4 bits, what loses least of a list below."""
+
+    mean = "mean"
+    search = "search"
+
+
 class Scope(Enum):
     """token: a scale for each row of inputs, found when it is computed; tensor: one for a layer, from calibration."""
 
@@ -141,17 +148,21 @@ class SmoothQuantConfig:
 class FlattenQuantConfig:
     """`conf/quantize/flattenquant.yaml`. alpha: strength of a smoothing before; null leaves it out.
 
-    beta: threshold over the mean of ordinary channels' maxima. max_expansion: columns over channels, before padding.
-    criterion, gamma: which layers get 4 bits. Other keys as of SmoothQuant.
+    beta: threshold over the mean of ordinary channels' maxima. threshold: whether 4 bits keep to that. max_expansion:
+    columns over channels, before padding. criterion, gamma: which layers get 4 bits. correct_inputs: before GPTQ, 4-bit
+    layers' weights make up for what rounding takes from their inputs (GPTAQ's asymmetric calibration). Other keys as of
+    SmoothQuant.
     """
 
     method: str = "flattenquant"
     alpha: float | None = None
     beta: float = MISSING
+    threshold: Threshold = MISSING
     max_expansion: float = MISSING
     criterion: Criterion = MISSING
     gamma: float = MISSING
     weights: FlattenedWeightsConfig = field(default_factory=FlattenedWeightsConfig)
+    correct_inputs: bool = MISSING
     dampening: float = MISSING
     activation_order: bool = MISSING
     on_singular: OnSingular = MISSING

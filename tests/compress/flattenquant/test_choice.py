@@ -1,69 +1,138 @@
-"""Deciding a site: errors on layers with outliers, and the criteria."""
+"""Deciding a site: errors on layers with outliers, the search for a threshold, and the criteria."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch import Tensor
 
-from compress.flattenquant.choice import FlattenRule, choose_bits, decide, output_error, round_weights
-from compress.flattenquant.flatten import flatten_codes
+from compress.flattenquant.choice import (
+    SHRINKAGE,
+    FlattenRule,
+    Split,
+    choose_bits,
+    decide,
+    mean_split,
+    quantized_copies,
+    rounded_columns,
+    shrunk_splits,
+    worst_error,
+)
+from compress.flattenquant.flatten import counts_of, flatten_codes, flatten_threshold
 from compress.row_errors import relative_error
 
 C, OUT = 576, 96
 
 
-def site(seed: int = 0, outliers: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+def site(seed: int = 0, outliers: int = 6, kind: str = "gaussian") -> tuple[Tensor, Tensor]:
     """Inputs [400, C], some channels 30 times as large, and weights [OUT, C]."""
     generator = torch.Generator().manual_seed(seed)
     x, W = torch.randn(400, C, generator=generator), 0.05 * torch.randn(OUT, C, generator=generator)
+    if kind == "laplacian":
+        x *= (-2 * torch.rand(400, C, generator=generator).log()).sqrt()
     x[:, torch.randperm(C, generator=generator)[:outliers]] *= 30
     return x, W
 
 
 def rule(**changes: object) -> FlattenRule:
-    fields = {"beta": 1.3, "max_expansion": 1.5, "criterion": "error", "gamma": 0.3, "group_size": None}
+    fields = {
+        "beta": 1.3,
+        "threshold": "mean",
+        "max_expansion": 1.5,
+        "criterion": "error",
+        "gamma": 0.3,
+        "group_size": None,
+        "symmetric": True,
+        "observer": "unused",
+    }
     return FlattenRule(**(fields | changes))  # type: ignore[arg-type]
 
 
-def activation_error(x: torch.Tensor, index: torch.Tensor, threshold: float, W: torch.Tensor) -> float:
-    """Of the output, when only the inputs have 4 bits."""
-    scale = threshold / 7
-    copies = flatten_codes(torch.round(x / scale), index, 7) * scale
-    return relative_error(x @ W.T, copies @ W[:, index].T)
+def nearest(W: Tensor, _inputs: Tensor, bits: int) -> Tensor:
+    """Rounded to the nearest of 2^bits − 1 numbers, the largest absolute value of an output the last."""
+    largest = (1 << (bits - 1)) - 1
+    scale = W.abs().amax(1, keepdim=True).clamp(min=1e-30) / largest
+    return torch.round(W / scale) * scale
+
+
+def as_they_are(W: Tensor, _inputs: Tensor, _bits: int) -> Tensor:
+    return W
+
+
+def inputs_error(x: Tensor, W: Tensor, split: Split) -> float:
+    """Of the output, when only inputs have 4 bits."""
+    layers = [(W, None)]
+    return worst_error(x, layers, split, 4, rounded_columns(x, layers, split, 4, as_they_are))
+
+
+def brute_force_error(x: Tensor, W: Tensor, bias: Tensor | None, split: Split, bits: int) -> float:
+    """√(mean ‖y − ŷ‖²/‖y‖²) in float64, channel by channel and copy by copy, with weights as `nearest` rounds them."""
+    largest = (1 << (bits - 1)) - 1
+    step = split.threshold / largest
+    rounded = nearest(W, x, bits).double()
+    y, approximate = x.double() @ W.double().T, torch.zeros(len(x), len(W), dtype=torch.float64)
+    for channel, count in enumerate(torch.bincount(split.index).tolist()):
+        codes = torch.round(x[:, channel] / step).double()
+        held = codes.sign() * codes.abs().clamp(max=count * largest) * step
+        approximate += held[:, None] * rounded[:, channel]
+    if bias is not None:
+        y, approximate = y + bias.double(), approximate + bias.double()
+    ratios = (y - approximate).square().sum(1) / y.square().sum(1)
+    return math.sqrt(float(ratios.mean()))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_error_of_4_bit_inputs_is_at_least_halved_where_there_are_outliers(seed: int) -> None:
     x, W = site(seed)
-    found = decide(x.abs().amax(0), x, [W], rule())
-    plain = activation_error(x, torch.arange(C), float(x.abs().max()), W)
-    ours = activation_error(x, found.index, found.threshold, W)
-    assert plain > 0.2
-    assert ours < plain / 2
-    assert len(found.index) <= 1.5 * C + 32
+    found = decide(x.abs().amax(0), x, [(W, None)], rule(), nearest)
+    plain = Split(torch.arange(C), float(x.abs().max()))
+    ours, theirs = (inputs_error(x, W, each) for each in (found.split, plain))
+    assert theirs > 0.2
+    assert ours < theirs / 2
+    assert len(found.split.index) <= 1.5 * C + 32
 
 
-def test_errors_are_those_of_the_rounded_layer() -> None:
+@pytest.mark.parametrize("threshold", ["mean", "search"])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_errors_are_those_of_the_rounded_layer_with_its_bias(threshold: str, has_bias: bool) -> None:
     x, W = site()
-    found = decide(x.abs().amax(0), x, [W], rule())
-    for bits, largest in ((4, 7), (8, 127)):
-        scale = found.threshold / largest
-        columns = W[:, found.index]
-        weight_scale = columns.abs().amax(1, keepdim=True) / largest
-        rounded = torch.round(columns / weight_scale) * weight_scale
-        copies = flatten_codes(torch.round(x / scale), found.index, largest) * scale
-        assert found.errors[bits] == pytest.approx(relative_error(x @ W.T, copies @ rounded.T), rel=1e-5)
-    assert found.errors[8] < found.errors[4] / 10
+    bias = 3 * torch.randn(OUT, generator=torch.Generator().manual_seed(9)) if has_bias else None
+    found = decide(x.abs().amax(0), x, [(W, bias)], rule(threshold=threshold), nearest)
+    for bits in (4, 8):
+        expected = brute_force_error(x, W, bias, found.splits[bits], bits)
+        assert found.errors[bits] == pytest.approx(expected, rel=1e-3)
+    assert found.errors[8] < found.errors[4] / 9
 
 
 def test_the_worst_of_the_layers_that_read_a_site_decides() -> None:
     x, W = site()
     coarse = W.clone()
     coarse[:, 0] *= 100  # with 4 bits a scale per output channel leaves nothing of the others
-    alone = [decide(x.abs().amax(0), x, [each], rule()).errors[4] for each in (W, coarse)]
-    assert alone[0] < alone[1] / 2
+
+    def error(*weights: Tensor) -> float:
+        return decide(x.abs().amax(0), x, [(each, None) for each in weights], rule(), nearest).errors[4]
+
+    assert error(W) < error(coarse) / 2
     for weights in ([W, coarse], [coarse, W], [W, 0.001 * coarse]):
-        assert decide(x.abs().amax(0), x, weights, rule()).errors[4] == pytest.approx(alone[1], rel=1e-4)
+        assert error(*weights) == pytest.approx(error(coarse), rel=1e-4)
+
+
+def test_weights_are_rounded_by_the_models_rule_on_the_copies_that_they_will_read() -> None:
+    x, W = site()
+    seen = []
+
+    def watched(columns: Tensor, inputs: Tensor, bits: int) -> Tensor:
+        seen.append((columns.shape[1], inputs, bits))
+        return nearest(columns, inputs, bits)
+
+    found = decide(x.abs().amax(0), x, [(W, None)], rule(), watched)
+    assert [(width, bits) for width, _, bits in seen] == [(len(found.splits[4].index), 4), (len(found.split.index), 8)]
+    for _, inputs, bits in seen:
+        assert torch.equal(inputs, quantized_copies(x, found.splits[bits], bits))
+    exact = decide(x.abs().amax(0), x, [(W, None)], rule(), as_they_are)
+    assert exact.errors[4] < found.errors[4]
 
 
 @pytest.mark.parametrize(
@@ -73,26 +142,103 @@ def test_a_site_gets_4_bits_below_gamma(criterion: str, gamma: float, bits: int)
     assert choose_bits({4: 0.2, 8: 0.02}, criterion, gamma) == bits  # type: ignore[arg-type]
 
 
-def test_the_scale_is_the_threshold_over_the_largest_code_of_the_chosen_bits() -> None:
+@pytest.mark.parametrize("threshold", ["mean", "search"])
+def test_the_scale_is_the_threshold_over_the_largest_code_of_the_chosen_bits(threshold: str) -> None:
     x, W = site()
-    four, eight = (decide(x.abs().amax(0), x, [W], rule(gamma=gamma)) for gamma in (1.0, 0.0))
-    assert (four.bits, eight.bits) == (4, 8)
-    assert four.scale == pytest.approx(four.threshold / 7)
-    assert eight.scale == pytest.approx(eight.threshold / 127)
-    assert torch.equal(four.index, eight.index)
-
-
-@pytest.mark.parametrize("group_size", [None, 32, 64, 128])
-def test_columns_fill_whole_groups_and_smaller_groups_round_better(group_size: int | None) -> None:
-    x, W = site()
-    found = decide(x.abs().amax(0), x, [W], rule(group_size=group_size))
-    assert len(found.index) % (group_size or 32) == 0
-    columns = W[:, found.index]
-    assert relative_error(columns, round_weights(columns, 4, group_size)) <= 1.001 * relative_error(
-        columns, round_weights(columns, 4, None)
+    four, eight = (
+        decide(x.abs().amax(0), x, [(W, None)], rule(gamma=gamma, threshold=threshold), nearest) for gamma in (1.0, 0.0)
     )
+    assert (four.bits, eight.bits) == (4, 8)
+    assert four.scale == four.splits[4].threshold / 7
+    assert eight.scale == eight.splits[8].threshold / 127
+    for bits in (4, 8):
+        assert torch.equal(four.splits[bits].index, eight.splits[bits].index)
+
+
+def test_by_the_papers_rule_both_widths_split_alike_and_nothing_is_cut_off() -> None:
+    x, W = site()
+    m = x.abs().amax(0)
+    found = decide(m, x, [(W, None)], rule(), nearest)
+    expected = torch.ceil(m.double() / found.split.threshold).clamp(min=1)
+    assert torch.equal(found.splits[4].index, found.splits[8].index)
+    assert found.splits[4].threshold == found.splits[8].threshold == flatten_threshold(m, 1.3)
+    assert int((counts_of(found.split.index) - expected).min()) >= 0
+    assert len(found.split.index) - int(expected.sum()) < 32
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "laplacian"])
+@pytest.mark.parametrize("max_expansion", [1.3, 1.5, 3.0])
+def test_the_search_takes_the_threshold_with_the_least_error_of_the_worst_layer(
+    kind: str, max_expansion: float
+) -> None:
+    x, W = site(1, kind=kind)
+    m, x, layers = x.abs().amax(0), x[:150], [(W, None), (W.roll(1, 1), None)]
+    how = rule(threshold="search", max_expansion=max_expansion)
+    found = decide(m, x, layers, how, nearest)
+    candidates = [mean_split(m, how), *shrunk_splits(m, how)]
+    errors = [max(brute_force_error(x, W, None, each, 4) for W, _ in layers) for each in candidates]
+    assert found.errors[4] == pytest.approx(min(errors), rel=1e-3)
+    assert found.splits[4].threshold == candidates[errors.index(min(errors))].threshold
+    assert found.splits[8].threshold == candidates[0].threshold  # 8 bits keep the paper's
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "laplacian"])
+def test_a_searched_threshold_rounds_inputs_better_than_the_papers(kind: str) -> None:
+    x, W = site(2, kind=kind)
+    errors = {}
+    for threshold in ("mean", "search"):
+        found = decide(x.abs().amax(0), x, [(W, None)], rule(threshold=threshold), nearest)
+        errors[threshold] = inputs_error(x, W, found.splits[4])
+    assert errors["search"] < 0.75 * errors["mean"]
+
+
+@pytest.mark.parametrize("max_expansion", [1.0, 1.2, 1.5, 3.0])
+def test_candidates_never_cut_outliers_off_and_keep_the_cap(max_expansion: float) -> None:
+    x, _ = site(3)
+    m = x.abs().amax(0)
+    how = rule(threshold="search", max_expansion=max_expansion)
+    q1, q3 = torch.quantile(m.double(), torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()
+    is_outlier = m > q3 + 1.5 * (q3 - q1)
+    splits = shrunk_splits(m, how)
+    assert 6 <= int(is_outlier.sum()) < C // 4
+    for split in splits:
+        counts = counts_of(split.index)
+        assert bool((counts[is_outlier] * split.threshold >= m[is_outlier] * (1 - 1e-12)).all())
+        assert len(split.index) % 32 == 0
+        assert len(split.index) <= max_expansion * C + 31
+    tried = [split.threshold / flatten_threshold(m, how.beta) for split in splits]
+    assert tried == pytest.approx(list(SHRINKAGE[: len(splits)]))
+    assert bool(splits) == (max_expansion > 1.2)
+
+
+def test_without_a_candidate_under_the_cap_the_papers_rule_stays() -> None:
+    x, W = site()
+    found, papers = (
+        decide(x.abs().amax(0), x, [(W, None)], rule(threshold=threshold, max_expansion=1.0), nearest)
+        for threshold in ("search", "mean")
+    )
+    assert found.splits[4].threshold == papers.splits[4].threshold
+    assert found.errors == papers.errors
+
+
+@pytest.mark.parametrize("threshold", ["mean", "search"])
+@pytest.mark.parametrize("group_size", [None, 32, 64, 128])
+def test_columns_fill_whole_groups(group_size: int | None, threshold: str) -> None:
+    x, W = site()
+    found = decide(x.abs().amax(0), x, [(W, None)], rule(group_size=group_size, threshold=threshold), nearest)
+    for split in found.splits.values():
+        assert len(split.index) % (group_size or 32) == 0
+
+
+def test_copies_are_codes_times_their_scale() -> None:
+    x, W = site()
+    split = decide(x.abs().amax(0), x, [(W, None)], rule(), nearest).split
+    scale = split.threshold / 7
+    assert torch.equal(quantized_copies(x, split, 4), flatten_codes(torch.round(x / scale), split.index, 7) * scale)
+    held = torch.zeros_like(x).index_add_(1, split.index, quantized_copies(x, split, 4))
+    assert relative_error(x, held) < 0.25
 
 
 def test_an_output_that_is_always_0_has_no_error() -> None:
     x, W = site()
-    assert output_error(x, torch.zeros_like(W), torch.arange(C), 1.0, 4, None) == 0.0
+    assert inputs_error(x, torch.zeros_like(W), Split(torch.arange(C), 1.0)) == 0.0

@@ -78,6 +78,16 @@ def test_counts_are_enough_and_one_less_is_not() -> None:
         assert count == max(1, math.ceil(largest / threshold))
 
 
+@pytest.mark.parametrize("threshold", [0.7, 2.0, 9.0])
+def test_only_outliers_of_a_boxplot_are_split_where_ordinary_channels_may_be_cut_off(threshold: float) -> None:
+    m = inputs(3, outliers=5).abs().amax(0)
+    q1, q3 = np.percentile(m, [25, 75])
+    fence = q3 + 1.5 * (q3 - q1)
+    assert f.boxplot_fence(m) == pytest.approx(fence, rel=1e-12)
+    for count, largest in zip(f.outlier_counts(m, threshold).tolist(), m.tolist(), strict=True):
+        assert count == (max(1, math.ceil(largest / threshold)) if largest > fence else 1)
+
+
 @pytest.mark.parametrize("cap", [1.0, 1.1, 1.5, 3.0])
 def test_the_cap_raises_the_threshold_no_further_than_needed(cap: float) -> None:
     m = inputs(4, outliers=8).abs().amax(0)
@@ -125,6 +135,7 @@ def test_a_site_that_never_saw_anything_has_a_threshold() -> None:
     [
         (lambda m: f.flatten_threshold(m, 0.0), "beta=0.0"),
         (lambda m: f.copy_counts(m, -1.0), "threshold=-1.0"),
+        (lambda m: f.outlier_counts(m, 0.0), "threshold=0.0"),
         (lambda m: f.capped_threshold(m, 1.0, 0.9), "max_expansion=0.9"),
     ],
 )

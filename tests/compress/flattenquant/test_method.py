@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +12,47 @@ import numpy as np
 import pytest
 import torch
 
+from compress.errors import SettingError
 from compress.flattenquant.choice import FlattenRule
-from compress.flattenquant.method import SolverRule, flattenquant
+from compress.flattenquant.method import SolverRule, choices, flattenquant
+from compress.flattenquant.modifier import FlattenLinear, FlattenQuantModifier
 from compress.grids import QuantizedLayers
 from compress.layer_errors import measure_layers, smooth_as
 from compress.load import load_float32
 from compress.quality import measure
-from compress.recipes import load_model
+from compress.recipes import load_model, run_recipe
 from compress.sites import input_sites
 from compress.write import write_quantized
 from deploy.formats.model_dir import ModelDirectory
 
-SOLVER = SolverRule(True, "memoryless_mse", 0.01, True, "error")
 ALL_4, ALL_8 = 10.0, 0.0
 
 
 def rule(gamma: float, **changes: Any) -> FlattenRule:
-    fields: dict[str, Any] = {"beta": 1.3, "max_expansion": 1.6, "criterion": "error", "group_size": None}
+    fields: dict[str, Any] = {
+        "beta": 1.3,
+        "threshold": "mean",
+        "max_expansion": 1.6,
+        "criterion": "error",
+        "group_size": None,
+        "symmetric": True,
+        "observer": "memoryless_mse",
+    }
     return FlattenRule(gamma=gamma, **(fields | changes))
 
 
 def quantized(
-    directory: Path, samples: list[list[int]], how: FlattenRule, alpha: float | None = None
+    directory: Path,
+    samples: list[list[int]],
+    how: FlattenRule,
+    alpha: float | None = None,
+    *,
+    correct_inputs: bool = False,
+    **changes: Any,
 ) -> QuantizedLayers:
-    return flattenquant(directory, samples, how, SOLVER, alpha=alpha, on_layers=lambda num_layers: None)
+    fields = {"dampening": 0.01, "activation_order": True, "on_singular": "error"}
+    solver = SolverRule(correct_inputs=correct_inputs, **(fields | changes))
+    return flattenquant(directory, samples, how, solver, alpha=alpha, on_layers=lambda num_layers: None)
 
 
 def divergence(directory: Path, layers: QuantizedLayers, samples: list[list[int]], out: Path) -> float:
@@ -57,9 +75,38 @@ def samples() -> list[list[int]]:
     return [[rng.randrange(3, 271) for _ in range(length)] for length in (61, 40, 57, 64, 50)]
 
 
+@dataclass(frozen=True)
+class How:
+    """The paper's threshold with plain GPTQ, or what configurations have by default."""
+
+    threshold: str
+    correct_inputs: bool
+
+    def quantized(self, directory: Path, samples: list[list[int]], **changes: Any) -> QuantizedLayers:
+        how = rule(ALL_4, threshold=self.threshold, **changes)
+        return quantized(directory, samples, how, correct_inputs=self.correct_inputs)
+
+
+@pytest.fixture(scope="module", params=[How("mean", False), How("search", True)], ids=lambda how: how.threshold)
+def how(request: pytest.FixtureRequest) -> How:
+    return request.param  # type: ignore[no-any-return]
+
+
 @pytest.fixture(scope="module")
-def found(directory: Path, samples: list[list[int]]) -> QuantizedLayers:
-    return quantized(directory, samples, rule(ALL_4))
+def found(directory: Path, samples: list[list[int]], how: How) -> QuantizedLayers:
+    return how.quantized(directory, samples)
+
+
+@pytest.fixture(scope="module")
+def many() -> list[list[int]]:
+    rng = random.Random(1)
+    return [[rng.randrange(3, 271) for _ in range(60)] for _ in range(30)]
+
+
+@pytest.fixture(scope="module")
+def unseen() -> list[list[int]]:
+    rng = random.Random(2)
+    return [[rng.randrange(3, 271) for _ in range(60)] for _ in range(8)]
 
 
 def test_4_bit_inputs_break_a_model_with_outliers_but_not_a_flattened_one(
@@ -71,6 +118,76 @@ def test_4_bit_inputs_break_a_model_with_outliers_but_not_a_flattened_one(
     assert divergence(directory, found, samples, tmp_path / "ours") < 0.5 * divergence(
         directory, plain, samples, tmp_path / "plain"
     )
+
+
+@pytest.mark.parametrize("change", ["threshold", "correct_inputs"])
+def test_what_the_paper_has_not_lowers_errors_on_unseen_text(
+    directory: Path, many: list[list[int]], unseen: list[list[int]], change: str
+) -> None:
+    papers = quantized(directory, many, rule(ALL_4))
+    if change == "threshold":
+        ours = quantized(directory, many, rule(ALL_4, threshold="search"))
+    else:
+        ours = quantized(directory, many, rule(ALL_4), correct_inputs=True)
+        told = {choice["correction_dampening"] for choice in ours.notes["choice"].values()}
+        assert told - {None} and told <= {None, 0.01, 0.1, 1.0}
+    target = load_float32(directory)
+    errors = [
+        sum(layer.error**2 for layer in measure_layers(target, each.layers, each.inputs, unseen).values())
+        for each in (ours, papers)
+    ]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_layers_of_8_bits_are_not_corrected(directory: Path, samples: list[list[int]]) -> None:
+    with_it, without = (quantized(directory, samples, rule(ALL_8), correct_inputs=each) for each in (True, False))
+    for name, weight in without.layers.items():
+        np.testing.assert_array_equal(with_it.layers[name].q, weight.q, err_msg=name)
+        assert with_it.notes["choice"][name]["correction_dampening"] is None
+
+
+def test_one_sample_has_no_other_half_to_correct_by(directory: Path, samples: list[list[int]]) -> None:
+    layers = quantized(directory, samples[:1], rule(ALL_4), correct_inputs=True)
+    assert {choice["correction_dampening"] for choice in layers.notes["choice"].values()} == {None}
+
+
+def test_singular_hessians_are_an_error_or_each_counted_once(directory: Path, samples: list[list[int]]) -> None:
+    few = [sample[:8] for sample in samples[:2]]
+    changes: dict[str, Any] = {"correct_inputs": True, "dampening": 1e-9}
+    with pytest.raises(SettingError, match=r"^on_singular=error: \d+ layers have a singular Hessian"):
+        quantized(directory, few, rule(ALL_4), **changes)
+    layers = quantized(directory, few, rule(ALL_4), on_singular="rtn", **changes)
+    ((_, names),) = layers.fallbacks.items()
+    assert len(names) == len(set(names)) > 0
+    assert set(names) <= set(layers.layers)
+
+
+@pytest.mark.parametrize("threshold", ["mean", "search"])
+def test_choices_are_those_of_the_model(directory: Path, samples: list[list[int]], threshold: str) -> None:
+    how = rule(0.2, threshold=threshold)
+    layers = quantized(directory, samples, how)
+    assert choices(directory, samples, how, alpha=None) == layers.notes["choice"]
+    widths = set()
+    for name, told in layers.notes["choice"].items():
+        assert layers.layers[name].shape[1] == told[f"columns_{told['bits']}"]
+        scale = np.float32(told[f"threshold_{told['bits']}"] / (7 if told["bits"] == 4 else 127))
+        assert layers.inputs[name].scale == scale
+        widths.add(told["threshold_4"] == told["threshold_8"])
+    assert (False in widths) == (threshold == "search")
+
+
+def test_a_pass_in_which_nothing_changes_need_not_be_repeated(directory: Path, samples: list[list[int]]) -> None:
+    decided = []
+    for only_watches in (True, False):
+        model = load_model(directory)
+        modifier = FlattenQuantModifier(**asdict(rule(0.2)), num_samples=len(samples))
+        run_recipe(model, modifier, samples, only_watches=only_watches)
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, FlattenLinear)}
+        decided.append({name: (layer.flattening.errors, layer.expand.inputs) for name, layer in layers.items()})
+    assert len(decided[0]) == 14
+    for name, (errors, inputs) in decided[0].items():
+        assert errors == decided[1][name][0]
+        assert inputs.equals(decided[1][name][1])
 
 
 def test_input_errors_are_at_least_halved_where_there_are_outliers(
@@ -143,8 +260,10 @@ def test_8_bits_everywhere_lose_little(
         assert error.saturation == 0.0, name
 
 
-def test_two_runs_give_the_same_bits(directory: Path, samples: list[list[int]], found: QuantizedLayers) -> None:
-    again = quantized(directory, samples, rule(ALL_4))
+def test_two_runs_give_the_same_bits(
+    directory: Path, samples: list[list[int]], how: How, found: QuantizedLayers
+) -> None:
+    again = how.quantized(directory, samples)
     for name, weight in found.layers.items():
         np.testing.assert_array_equal(again.layers[name].q, weight.q, err_msg=name)
         assert again.inputs[name].equals(found.inputs[name])
