@@ -54,8 +54,8 @@ def measure(*overrides: str) -> dict[str, Any]:
     paths = finished(configuration("stage=quality", *overrides))
     return {
         "target": paths["target"] / "model",
-        "stats": json.loads((paths["quantize"] / "stats.json").read_text()),
-        "quality": json.loads((paths["quality"] / "quality.json").read_text()),
+        "stats": json.loads((paths["quantize"] / "stats.json").read_text(encoding="utf-8")),
+        "quality": json.loads((paths["quality"] / "quality.json").read_text(encoding="utf-8")),
     }
 
 

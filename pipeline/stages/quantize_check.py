@@ -91,7 +91,7 @@ def _check_method(config: dict[str, Any], key: str) -> None:
         if config["alpha"] is not None and not 0 <= config["alpha"] <= 1:
             raise ValueError(f"{key}.alpha={config['alpha']} must be from 0 to 1; null leaves smoothing out")
         if config["beta"] <= 0:
-            raise ValueError(f"{key}.beta={config['beta']} must be above 0; 1.3 is usual")
+            raise ValueError(f"{key}.beta={config['beta']} must be above 0; the default is 1.3")
         if config["max_expansion"] < 1:
             raise ValueError(f"{key}.max_expansion={config['max_expansion']} must be 1 (nothing is split) or more")
         if config["gamma"] < 0:

@@ -13,18 +13,9 @@ from benchmarks import frontier
 from benchmarks.frontier import Cost, gamma_for, int4_share, layer_costs
 from deploy.formats.architectures import ModelShape, linear_layers, other_tensors
 from deploy.formats.safetensors_file import write_safetensors
+from tests.tiny_llama import TINY_LLAMA
 
-CONFIG = {
-    "model_type": "llama",
-    "num_hidden_layers": 1,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": True,
-}
+CONFIG = TINY_LLAMA
 # Layers of one site have one value; with 4 bits a layer may have other columns than with 8.
 COSTS = [Cost(0.1, 10, 20), Cost(0.1, 5, 10), Cost(0.2, 30, 30), Cost(0.3, 25, 25), Cost(0.4, 30, 15)]
 

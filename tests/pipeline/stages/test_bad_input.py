@@ -16,19 +16,10 @@ import pytest
 
 from deploy.formats.architectures import ModelShape, linear_layers, other_tensors
 from deploy.formats.safetensors_file import write_safetensors
+from tests.tiny_llama import TINY_LLAMA
 
 ROOT = Path(__file__).resolve().parents[3]
-CONFIG = {
-    "model_type": "llama",
-    "num_hidden_layers": 1,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": True,
-}
+CONFIG = TINY_LLAMA
 
 
 @dataclass

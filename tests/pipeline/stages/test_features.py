@@ -16,18 +16,9 @@ from deploy.kernels.reference.model import ReferenceBackend
 from deploy.runtime.backend import Forward
 from deploy.runtime.cpu_backend import CpuBackend
 from pipeline.stages.features import RuntimeFeatures, compare_features
+from tests.tiny_llama import TINY_LLAMA
 
-CONFIG = {
-    "model_type": "llama",
-    "num_hidden_layers": 3,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": True,
-}
+CONFIG = {**TINY_LLAMA, "num_hidden_layers": 3}
 LAYERS = (0, 1, 3)
 
 

@@ -19,18 +19,9 @@ from deploy.formats.architectures import ModelShape, linear_layers, other_tensor
 from deploy.formats.model_dir import ModelDirectory
 from deploy.formats.safetensors_file import write_safetensors
 from pipeline.stages import quality, quantize
+from tests.tiny_llama import TINY_LLAMA
 
-CONFIG = {
-    "model_type": "llama",
-    "num_hidden_layers": 2,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": True,
-}
+CONFIG = {**TINY_LLAMA, "num_hidden_layers": 2}
 SOLVED = {
     "dampening": 0.01,
     "activation_order": True,

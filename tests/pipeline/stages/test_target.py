@@ -18,21 +18,10 @@ from deploy.formats.chat import ChatTemplate
 from deploy.formats.model_dir import ModelDirectory
 from deploy.formats.safetensors_file import write_safetensors
 from pipeline.stages.target import build
+from tests.tiny_llama import TINY_LLAMA
 
 SPECIAL = ("<s>", "</s>", "<|end|>")
-CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "num_hidden_layers": 1,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 259,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": True,
-    "eos_token_id": 1,
-}
+CONFIG = {**TINY_LLAMA, "architectures": ["LlamaForCausalLM"], "vocab_size": 259, "eos_token_id": 1}
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] + '<|end|>' }}{% endfor %}"
 USER = [{"role": "user", "content": "Why?"}]
 Built = Callable[..., tuple[Path, dict[str, Any]]]
