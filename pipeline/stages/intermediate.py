@@ -56,8 +56,18 @@ def unkeyed(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def needs_teacher(config: dict[str, Any]) -> bool:
-    """Whether the quantized target's states are learned from."""
+    """Whether the quantized target's states are learned from, or its head is fitted to them."""
+    return has_lens(config) or learns_distribution(config)
+
+
+def learns_distribution(config: dict[str, Any]) -> bool:
+    """Whether the target's distribution is learned, not its words alone."""
     return "align" in config["phases"] and config["align"]["loss"] == "distribution"
+
+
+def has_lens(config: dict[str, Any]) -> bool:
+    """Whether the head is fitted before anything is trained."""
+    return config["initial"].get("lens_tokens") is not None
 
 
 def has_adapters(config: dict[str, Any]) -> bool:
@@ -90,7 +100,7 @@ def planned_shape(config: dict[str, Any], target: ModelShape, source: ModelShape
     initial = config["initial"]
     if initial["kind"] == "random":
         return random_shape(target, sizes(initial))
-    return layers_shape(source, len(planned_layers(initial, source)), target.vocab_size)
+    return layers_shape(source, len(planned_layers(initial, source)), target.vocab_size, unties=has_lens(config))
 
 
 def check(config: dict[str, Any], target: ModelShape, source: ModelShape) -> None:
@@ -130,6 +140,11 @@ def _check_initial(config: dict[str, Any], target: ModelShape, source: ModelShap
                 "intermediate.trains_ends=false would leave the embedding noise; set it to true, or"
                 " intermediate.initial.embedding=projected"
             )
+    if has_lens(config) and initial["lens_tokens"] < 1:
+        raise ValueError(
+            f"intermediate.initial.lens_tokens={initial['lens_tokens']} must be 1 or more; 20000 is usual, and null"
+            " leaves the head as it is"
+        )
     shape = planned_shape(config, target, source)
     if shape.context_length < target.context_length:
         raise ValueError(

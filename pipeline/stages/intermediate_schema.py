@@ -18,8 +18,9 @@ class LayersConfig:
     """`conf/intermediate/initial/layers.yaml`: some layers of a model, with its embedding, head and norms.
 
     path: a directory, hub id or GGUF file with the target's tokenizer; null: the target itself. layers: which (negative
-    ones count from the end), or null; num_layers: how many, then two thirds from the beginning and the rest from the
-    end, or null. Exactly one of the two is given.
+    ones count from the end), or null; num_layers: how many of the first, or null. Exactly one of the two is given.
+    lens_tokens: the head is fitted to read these layers, on so many tokens of what the target said; null: the model's
+    own head, which reads the last layers.
     """
 
     kind: str = "layers"
@@ -27,6 +28,7 @@ class LayersConfig:
     revision: str | None = None
     layers: list[int] | None = None
     num_layers: int | None = None
+    lens_tokens: int | None = None
 
 
 @dataclass

@@ -20,14 +20,27 @@ from deploy.formats.model_dir import ModelDirectory
 from pipeline.graph import BuildContext
 from pipeline.stages.assemble import TOKENIZER_FILES
 from pipeline.stages.drafter_inputs import count_vocabulary, read_heldout
-from pipeline.stages.intermediate import HISTORY, MODEL, RECORD, VOCABULARY, needs_teacher, planned_layers, sizes
+from pipeline.stages.intermediate import (
+    HISTORY,
+    MODEL,
+    RECORD,
+    VOCABULARY,
+    has_lens,
+    learns_distribution,
+    needs_teacher,
+    planned_layers,
+    sizes,
+)
 from pipeline.stages.training import remove_traces, run_training, train_settings
 from pipeline.stages.training_history import history, write_history
 from train.data.conversations import Conversation, read_conversations
+from train.eagle.initial import make_teacher, target_norm, target_rows
+from train.elementwise import rms_normalize
 from train.features import FeatureSource
 from train.intermediate.adapters import AdapterSizes, add_adapters, merge
 from train.intermediate.initial import from_layers, from_noise, write_model
 from train.intermediate.language_model import LanguageModel
+from train.intermediate.lens import fit_lens
 from train.intermediate.objective import Distribution, DraftVocabulary, Tokens
 from train.intermediate.rollout import HeldOutTexts
 from train.intermediate.shapes import layers_config, random_config
@@ -79,13 +92,17 @@ def train_intermediate(unkeyed: dict[str, Any], threads: int | None, context: Bu
         source = stack.enter_context(ModelDirectory.open(inputs.get("source", inputs["target"]) / MODEL))
         model, written = _start(config, target, source)
         work = _prepare(context, model, target)
+        features = stack.enter_context(_teacher(context, threads)) if needs_teacher(config) else None
+        if has_lens(config):
+            assert features is not None
+            _fit_head(work, features)
         best = _Best()
         _keep_if_better(best, work, work.task(Tokens(work.vocabulary)).replay(model)["tau"], "as it starts")
         results, told = {}, {}
         for phase in config["phases"]:
             settings = train_settings({**config[phase]["train"], **unkeyed[phase]})
-            features = stack.enter_context(_teacher(context, threads)) if _is_taught(config, phase) else None
-            result, log = _run_phase(work, phase, settings, unkeyed["text"], features)
+            taught_by = features if phase == "align" and learns_distribution(config) else None
+            result, log = _run_phase(work, phase, settings, unkeyed["text"], taught_by)
             _keep_if_better(best, work, result.best.tau, phase)
             is_timed = settings.max_seconds is not None
             results[phase] = (result, is_timed)
@@ -108,8 +125,8 @@ def _start(
         written = random_config(target.config, sizes(initial))
     else:
         layers = planned_layers(initial, source.shape)
-        lm = from_layers(source, layers, vocab_size)
-        written = layers_config(source.config, len(layers), vocab_size)
+        lm = from_layers(source, layers, vocab_size, unties=has_lens(config))
+        written = layers_config(source.config, len(layers), vocab_size, unties=has_lens(config))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return LanguageModel(lm, trains_ends=config["trains_ends"]).to(device), written
 
@@ -132,6 +149,30 @@ def _prepare(context: BuildContext, model: LanguageModel, target: ModelDirectory
         conversations=conversations,
         heldout=HeldOutTexts(read_heldout(generated, config["heldout_conversations"])),
     )
+
+
+def _fit_head(work: _Work, features: FeatureSource) -> None:
+    """lm_head reads the model's states as the target's reads its own, as far as a linear map can."""
+    import torch
+
+    context, device = work.context, work.model.head.device
+    num_tokens = context.config["initial"]["lens_tokens"]
+    with ModelDirectory.open(context.inputs["quantize"] / MODEL) as quantized:
+        every = torch.arange(quantized.shape.vocab_size)
+        norm, rows = target_norm(quantized).to(device), target_rows(quantized, every).to(device)
+        eps = quantized.shape.rms_norm_eps
+    with context.progress(num_tokens, "fitting the head", "tokens") as bar:
+        lens = fit_lens(
+            work.model,
+            work.conversations,
+            features,
+            lambda states: rms_normalize(states, eps) * norm,
+            num_tokens=num_tokens,
+            seed=context.seed,
+            on_tokens=bar.update,
+        )
+    with torch.no_grad():
+        work.model.head.copy_(rows @ lens)
 
 
 def _run_phase(
@@ -176,10 +217,6 @@ def _texts(context: BuildContext, text: dict[str, Any], max_length: int) -> Sequ
     return cut_documents((found.ids for found in encoded), max_length)
 
 
-def _is_taught(config: dict[str, Any], phase: str) -> bool:
-    return phase == "align" and needs_teacher(config)
-
-
 @contextmanager
 def _teacher(context: BuildContext, threads: int | None) -> Iterator[FeatureSource]:
     """The quantized target's states in the runtime that serves it, compared with references before they are used."""
@@ -195,8 +232,6 @@ def _teacher(context: BuildContext, threads: int | None) -> Iterator[FeatureSour
 
 
 def _distribution(work: _Work) -> Distribution:
-    from train.eagle.initial import make_teacher
-
     with ModelDirectory.open(work.context.inputs["quantize"] / MODEL) as quantized:
         teacher = make_teacher(quantized, work.vocabulary.ids.cpu())
     return Distribution(work.vocabulary, teacher.to(work.model.head.device))

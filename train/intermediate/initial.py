@@ -21,13 +21,15 @@ from train.intermediate.shapes import Sizes, layers_config, random_config
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def from_layers(source: ModelDirectory, layers: Sequence[int], vocab_size: int) -> PreTrainedModel:
+def from_layers(
+    source: ModelDirectory, layers: Sequence[int], vocab_size: int, *, unties: bool = False
+) -> PreTrainedModel:
     """A model of the source's ends and these of its layers, in this order, in float32.
 
     vocab_size: of the target; rows of embedding and head beyond the source's, which no token of their common
-    vocabulary has, are zero.
+    vocabulary has, are zero. unties: lm_head is a matrix of its own, as the source reads it.
     """
-    model = _empty(layers_config(source.config, len(layers), vocab_size))
+    model = _empty(layers_config(source.config, len(layers), vocab_size, unties=unties))
     state = model.state_dict()
     with torch.no_grad():
         for name, tensor in state.items():

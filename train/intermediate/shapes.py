@@ -31,8 +31,8 @@ class Sizes:
 
 
 def choose_layers(num_layers: int, chosen: Sequence[int] | None, num_kept: int | None) -> tuple[int, ...]:
-    """Which of `num_layers` layers are kept, ascending: those chosen (negative ones count from the end), or `num_kept`
-    of them: two thirds from the beginning, the rest from the end.
+    """Which of `num_layers` layers are kept, ascending: those chosen (negative ones count from the end), or the first
+    `num_kept`.
 
     Raises ValueError where they do not exist, and unless exactly one of both is given.
     """
@@ -41,8 +41,7 @@ def choose_layers(num_layers: int, chosen: Sequence[int] | None, num_kept: int |
     if num_kept is not None:
         if not 1 <= num_kept <= num_layers:
             raise ValueError(f"num_layers={num_kept} must lie between 1 and {num_layers}, which the model has")
-        num_first = -(-2 * num_kept // 3)
-        return (*range(num_first), *range(num_layers - num_kept + num_first, num_layers))
+        return tuple(range(num_kept))
     assert chosen is not None
     layers = [layer if layer >= 0 else num_layers + layer for layer in chosen]
     is_valid = bool(layers) and all(0 <= layer < num_layers for layer in layers)
@@ -51,15 +50,20 @@ def choose_layers(num_layers: int, chosen: Sequence[int] | None, num_kept: int |
     return tuple(sorted(layers))
 
 
-def layers_shape(source: ModelShape, num_layers: int, vocab_size: int) -> ModelShape:
-    """Of a model with `num_layers` of the source's layers, for a vocabulary of `vocab_size`."""
-    return replace(source, num_layers=num_layers, vocab_size=vocab_size)
+def layers_shape(source: ModelShape, num_layers: int, vocab_size: int, *, unties: bool = False) -> ModelShape:
+    """Of a model with `num_layers` of the source's layers, for a vocabulary of `vocab_size`.
+
+    unties: lm_head is its own, also where the source's is its embedding.
+    """
+    ties = source.tied_embeddings and not unties
+    return replace(source, num_layers=num_layers, vocab_size=vocab_size, tied_embeddings=ties)
 
 
-def layers_config(source: dict[str, Any], num_layers: int, vocab_size: int) -> dict[str, Any]:
+def layers_config(source: dict[str, Any], num_layers: int, vocab_size: int, *, unties: bool = False) -> dict[str, Any]:
     """config.json of the same."""
     kept = {key: value for key, value in source.items() if key not in _PER_LAYER}
-    return {**kept, "num_hidden_layers": num_layers, "vocab_size": vocab_size, "dtype": "float32"}
+    ties = {"tie_word_embeddings": False} if unties else {}
+    return {**kept, **ties, "num_hidden_layers": num_layers, "vocab_size": vocab_size, "dtype": "float32"}
 
 
 def random_shape(target: ModelShape, sizes: Sizes) -> ModelShape:
