@@ -58,8 +58,9 @@ COPIED = ("generation_config.json", *TOKENIZER_FILES)
 
 @dataclass
 class _Best:
-    """The weights that accept most, of the start and of every phase's best evaluation."""
+    """The weights that accept most, of the start and of every phase's best evaluation. start_tau: of the start."""
 
+    start_tau: float
     tau: float = 0.0
     phase: str = ""
     state: dict[str, Tensor] = field(default_factory=dict)
@@ -96,8 +97,8 @@ def train_intermediate(unkeyed: dict[str, Any], threads: int | None, context: Bu
         if has_lens(config):
             assert features is not None
             _fit_head(work, features)
-        best = _Best()
-        _keep_if_better(best, work, work.task(Tokens(work.vocabulary)).replay(model)["tau"], "as it starts")
+        best = _Best(start_tau=work.task(Tokens(work.vocabulary)).replay(model)["tau"])
+        _keep_if_better(best, work, best.start_tau, "as it starts")
         results, told = {}, {}
         for phase in config["phases"]:
             settings = train_settings({**config[phase]["train"], **unkeyed[phase]})
@@ -275,6 +276,7 @@ def _write(
             "train_conversations": aligned.num_sequences if aligned else 0,
             "train_written_tokens": aligned.num_learned if aligned else 0,
             "heldout_conversations": work.heldout.num_conversations,
+            "start_tau": round(best.start_tau, 4),
             "best_phase": best.phase,
             "phases": {
                 phase: {"tokens": result.tokens, "epochs": round(result.epochs, 3), "best_step": result.best.step}
@@ -298,7 +300,10 @@ def _summarize(
     num_parameters = sum(parameter.numel() for parameter in work.model.lm.parameters())
     context.summary.update(record, tau=best.tau, best_phase=best.phase, is_reproducible=is_reproducible)
     context.summary["parameters"] = num_parameters
-    lines = [f"{num_parameters / 1e6:.1f} M parameters; τ {best.tau:.2f} ({best.phase}), before quantization"]
+    lines = [
+        f"{num_parameters / 1e6:.1f} M parameters; τ {best.tau:.2f} ({best.phase}), before quantization",
+        f"τ {best.start_tau:.2f} as it starts",
+    ]
     lines += [
         f"{phase}: {result.tokens:,} tokens in {result.elapsed_seconds:.0f} s"
         f" ({result.tokens / result.elapsed_seconds:.0f} tokens/s), τ {result.best.tau:.2f}"

@@ -89,7 +89,7 @@ def test_each_stage_reads_what_it_needs(graph: Graph) -> None:
     assert inputs["generate"] == {"target": "target", "model": "quantize"}
     assert inputs["eagle-target"] == {"target": "target", "quantize": "quantize", "generate": "generate"}
     models = {name: name for name in ("target", "calibrate", "quantize", *DRAFTER)}
-    assert inputs["intermediate"] == {"target": "target", "generate": "generate"}
+    assert inputs["intermediate"] == {"target": "target", "generate": "generate", "quantize": "quantize"}
     assert inputs["quantize-intermediate"] == {"target": "intermediate", "calibrate": "calibrate"}
     read = ("target", "quantize", "generate", "intermediate", "quantize-intermediate")
     assert inputs["measure-intermediate"] == {name: name for name in read}

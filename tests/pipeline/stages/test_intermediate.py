@@ -33,6 +33,9 @@ CONFIG: dict[str, Any] = {
 }
 
 
+TWO_PHASES = "intermediate.phases=[pretrain,align]"
+
+
 @pytest.fixture
 def graph(tmp_path: Path) -> Iterator[Graph]:
     GlobalHydra.instance().clear()
@@ -68,6 +71,7 @@ def refuse(stage: Stage, message: str) -> None:
     ("overrides", "message"),
     [
         (["intermediate.initial.num_layers=31"], r"intermediate\.initial\.num_layers=31 must lie between 1 and 30"),
+        (["intermediate.initial.lens_tokens=0"], r"initial\.lens_tokens=0 must be 1 or more; 20000 is usual"),
         (["intermediate.initial.layers=[0]"], r"intermediate\.initial\.layers=\[0\] with num_layers=6: give one"),
         (
             ["intermediate.initial.num_layers=null", "intermediate.initial.layers=[0,30]"],
@@ -102,13 +106,19 @@ def refuse(stage: Stage, message: str) -> None:
         (["intermediate.min_acceptance=1"], r"intermediate\.min_acceptance=1.*below 1"),
         (["intermediate.align.lora.rank=0"], r"intermediate\.align\.lora=.* must be 1 or more"),
         (["intermediate.align.train.max_seconds=null"], r"set one or more of intermediate\.align\.train\.max_seconds"),
-        (["intermediate.pretrain.train.clip=0"], r"intermediate\.pretrain\.train\.clip=0.* must be above 0"),
-        (["intermediate.pretrain.text.source=file"], r"source=file needs intermediate\.pretrain\.text\.path"),
         (
-            ["intermediate.pretrain.text.source=file", "intermediate.pretrain.text.path=nowhere.txt"],
+            [TWO_PHASES, "intermediate.pretrain.train.clip=0"],
+            r"intermediate\.pretrain\.train\.clip=0.* must be above 0",
+        ),
+        (
+            [TWO_PHASES, "intermediate.pretrain.text.source=file"],
+            r"source=file needs intermediate\.pretrain\.text\.path",
+        ),
+        (
+            [TWO_PHASES, *(f"intermediate.pretrain.text.{key}" for key in ("source=file", "path=nowhere.txt"))],
             r"intermediate\.pretrain\.text\.path=nowhere\.txt is not a file",
         ),
-        (["intermediate.pretrain.text.source=dataset"], r"needs intermediate\.pretrain\.text\.dataset"),
+        ([TWO_PHASES, "intermediate.pretrain.text.source=dataset"], r"needs intermediate\.pretrain\.text\.dataset"),
         (["generate.heldout_greedy_share=0"], r"acceptance is measured on greedy ones"),
     ],
 )
@@ -180,13 +190,15 @@ def digest_inputs(stage: Stage) -> Any:
     ],
 )
 def test_what_changes_nothing_of_the_training_is_no_key_of_it(graph: Graph, override: str) -> None:
-    assert digest_inputs(graph(override)["intermediate"]) == digest_inputs(graph()["intermediate"])
+    before, after = (graph(TWO_PHASES, *others)["intermediate"] for others in ([], [override]))
+    assert digest_inputs(before) == digest_inputs(after)
 
 
 @pytest.mark.parametrize(
     "override",
     [
         "intermediate.initial.num_layers=5",
+        "intermediate.initial.lens_tokens=5",
         "intermediate.trains_ends=true",
         "intermediate.align.lora.rank=4",
         "intermediate.align.loss=distribution",
@@ -196,7 +208,8 @@ def test_what_changes_nothing_of_the_training_is_no_key_of_it(graph: Graph, over
     ],
 )
 def test_what_changes_the_training_is_a_key_of_it(graph: Graph, override: str) -> None:
-    assert digest_inputs(graph(override)["intermediate"]) != digest_inputs(graph()["intermediate"])
+    before, after = (graph(TWO_PHASES, *others)["intermediate"] for others in ([], [override]))
+    assert digest_inputs(before) != digest_inputs(after)
 
 
 def test_a_phase_that_does_not_run_is_no_part_of_the_key(graph: Graph) -> None:
@@ -211,8 +224,27 @@ def test_the_trimmed_sizes_reach_the_measurement_and_the_head_above_it(graph: Gr
     assert changed == ["measure-intermediate"]
 
 
-def test_the_distribution_needs_the_quantized_target(graph: Graph) -> None:
-    assert "quantize" in graph("intermediate.align.loss=distribution")["intermediate"].inputs
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], True),
+        (["intermediate.initial.lens_tokens=null"], False),
+        (["intermediate.initial.lens_tokens=null", "intermediate.align.loss=distribution"], True),
+        (["intermediate=random"], False),
+    ],
+)
+def test_a_fitted_head_and_the_distribution_need_the_quantized_target(
+    graph: Graph, overrides: list[str], expected: bool
+) -> None:
+    assert ("quantize" in graph(*overrides)["intermediate"].inputs) == expected
+
+
+@pytest.mark.parametrize("lens_tokens", ["20", "null"])
+def test_a_fitted_head_is_a_matrix_of_its_own(graph: Graph, lens_tokens: str) -> None:
+    target = ModelShape.from_config(CONFIG)
+    assert target.tied_embeddings
+    config = graph(f"intermediate.initial.lens_tokens={lens_tokens}", "intermediate.initial.num_layers=1")
+    assert planned_shape(config["intermediate"].config, target, target).tied_embeddings == (lens_tokens == "null")
 
 
 def test_another_models_layers_come_from_a_stage_of_its_own(graph: Graph, sibling: Callable[..., str]) -> None:
@@ -227,7 +259,7 @@ def test_the_path_of_a_text_file_is_no_key_but_its_content_is(graph: Graph, tmp_
     for name, content in (("a.txt", "x"), ("b.txt", "x"), ("c.txt", "y")):
         (tmp_path / name).write_text(content)
         key = "intermediate.pretrain.text"
-        stage = graph(f"{key}.source=file", f"{key}.path={tmp_path / name}")["intermediate"]
+        stage = graph(TWO_PHASES, f"{key}.source=file", f"{key}.path={tmp_path / name}")["intermediate"]
         assert stage.fingerprint is not None
         found.append((stage.config, stage.fingerprint()))
     assert found[0] == found[1] != found[2]
@@ -238,12 +270,12 @@ def test_the_files_of_a_data_set_and_a_files_format_are_keys_of_the_training(gra
     (tmp_path / "set").mkdir()
     for name in ("a.txt", "b.jsonl", "set/c.jsonl"):
         (tmp_path / name).write_text("x")
-    stage = graph(f"{key}.source=dataset", f"{key}.dataset={tmp_path / 'set'}")["intermediate"]
+    stage = graph(TWO_PHASES, f"{key}.source=dataset", f"{key}.dataset={tmp_path / 'set'}")["intermediate"]
     assert stage.fingerprint is not None
     assert set(stage.fingerprint()) == {f"{key}.dataset/c.jsonl"}
     formats = []
     for name in ("a.txt", "b.jsonl"):
-        stage = graph(f"{key}.source=file", f"{key}.path={tmp_path / name}")["intermediate"]
+        stage = graph(TWO_PHASES, f"{key}.source=file", f"{key}.path={tmp_path / name}")["intermediate"]
         formats.append(stage.config["pretrain"]["text"]["format"])
     assert formats == ["text", "jsonl"]
 
