@@ -1,17 +1,20 @@
-"""What EAGLE heads of a target accept on given prompts, answered greedily: simulated τ and acceptance by place.
+"""What drafters of a target accept on given prompts, answered greedily: simulated τ and acceptance by place.
 
-    python -m benchmarks.acceptance BUNDLE --prompts FILE.jsonl [--heads DIR …] [--drafted 4]
+    python -m benchmarks.acceptance BUNDLE --prompts FILE.jsonl [--heads DIR …] [--intermediates BUNDLE …] [--drafted 4]
         [--categories writing,coding,…] [--per-category 5] [--tokens 128] [--without-loops] [--json OUT]
 
-heads: directories as a bundle's `eagle-target/`, which is the default. First turns are answered by plain decoding, then
-speculative decoding with chains is replayed on the answers (train/replay.py) for every head, in torch and float32: the
-head by itself, before the runtime rounds its weights. Printed too: the share of the answers' tokens that stand where an
-answer is known to go round in circles, which any drafter finds easy; `--without-loops` ends answers there.
+heads: directories as a bundle's `eagle-target/`; without any drafters named, that of BUNDLE. intermediates: bundles of
+the same target whose `intermediate/` is measured. First turns are answered by plain decoding, then speculative decoding
+with chains is replayed on the answers (train/replay.py): for a head in torch and float32, the head by itself, before
+the runtime rounds its weights; for an intermediate in the runtime, as it is served. Printed too: the share of the
+answers' tokens that stand where an answer is known to go round in circles, which any drafter finds easy;
+`--without-loops` ends answers there.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,17 +26,20 @@ from benchmarks.machine import fingerprint, write_json
 from benchmarks.speculative import MT_BENCH, choose_records
 from deploy.formats.bundle import Bundle
 from deploy.formats.digest import sha256_file
-from deploy.formats.speculators import EagleDirectory
+from deploy.formats.eagle_record import parse_record
+from deploy.formats.speculators import RECORD_FILE, EagleDirectory
 from deploy.runtime.cpu_backend import CpuBackend
 from deploy.runtime.generation import GenerationOptions, Request
 from deploy.runtime.prompts import PromptRecord
 from deploy.runtime.session import Session
 from pipeline.stages.features import RuntimeFeatures
+from pipeline.stages.intermediate_measure import LikeliestTokens
 from train.data.conversations import Conversation
 from train.data.loops import until_loop
 from train.eagle.head import EagleHead
 from train.eagle.initial import start_from_head, target_embedding
 from train.eagle.rollout import HeldOut
+from train.intermediate.rollout import HeldOutTexts
 
 
 def answer(session: Session, records: Sequence[PromptRecord], num_tokens: int) -> list[Conversation]:
@@ -80,11 +86,39 @@ def measure(
         yield name, held_out.replay(head, ids, num_drafted).metrics()
 
 
+def measure_intermediate(
+    bundle: Bundle, target: Bundle, groups: dict[str, list[Conversation]], num_drafted: int, threads: int | None
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """The same by the intermediate of `bundle`, with its MBSU beside it."""
+    directory = bundle.path / bundle.component("intermediate").path
+    owner, training = parse_record(json.loads((directory / RECORD_FILE).read_text(encoding="utf-8")))
+    ours = {name: sha256_file(target.path / "target" / name) for name in owner.model_files}
+    if ours != owner.model_files:
+        raise SystemExit(f"{directory}: was trained for another target than {target.path}'s")
+    ids = bundle.draft_ids("intermediate")
+    with bundle.model("intermediate") as files:
+        kept = np.arange(files.shape.vocab_size) if ids is None else ids
+        likeliest = LikeliestTokens(CpuBackend(files, threads=threads), [kept])
+        for name, conversations in groups.items():
+            found = HeldOutTexts(conversations).replay(likeliest.of(kept), num_drafted, kept)
+            worth = found.tau / (training.cost_ratio * num_drafted + 1)
+            yield name, {**found.metrics(), "cost_ratio": training.cost_ratio, "mbsu": worth}
+
+
+def show(label: str, found: dict[str, dict[str, float]], num_drafted: int) -> None:
+    for name, metrics in found.items():
+        places = " ".join(f"{metrics[f'acceptance_{place}']:.2f}" for place in range(1, num_drafted + 1))
+        drafted = f"{(metrics['tau'] - 1) / num_drafted:.0%} of all drafts"
+        worth = f", MBSU {metrics['mbsu']:.2f}" if "mbsu" in metrics else ""
+        print(f"{label} {name:12} τ {metrics['tau']:.2f}, accepted {drafted}, given those before: {places}{worth}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--prompts", type=Path, required=True)
-    parser.add_argument("--heads", type=Path, nargs="+")
+    parser.add_argument("--heads", type=Path, nargs="+", default=[])
+    parser.add_argument("--intermediates", type=Path, nargs="+", default=[])
     parser.add_argument("--drafted", type=int, default=4)
     parser.add_argument("--categories", type=lambda text: text.split(","), default=list(MT_BENCH))
     parser.add_argument("--per-category", type=int, default=5)
@@ -115,12 +149,15 @@ def main() -> None:
         "looping_share": looping,
         "loops_left_out": arguments.without_loops,
     }
-    for head_dir in arguments.heads or [bundle.path / "eagle-target"]:
-        found = dict(measure(session, head_dir, bundle, groups, arguments.drafted))
-        result[str(head_dir)] = found
-        for name, metrics in found.items():
-            places = " ".join(f"{metrics[f'acceptance_{place}']:.2f}" for place in range(1, arguments.drafted + 1))
-            print(f"{head_dir} {name:12} τ {metrics['tau']:.2f}, accepted given those before: {places}", flush=True)
+    default = [] if arguments.heads or arguments.intermediates else [bundle.path / "eagle-target"]
+    for head_dir in [*arguments.heads, *default]:
+        result[str(head_dir)] = dict(measure(session, head_dir, bundle, groups, arguments.drafted))
+        show(str(head_dir), result[str(head_dir)], arguments.drafted)
+    for path in arguments.intermediates:
+        opened = Bundle.open(path)
+        found = dict(measure_intermediate(opened, bundle, groups, arguments.drafted, arguments.threads))
+        result[f"{path}/intermediate"] = found
+        show(f"{path}/intermediate", found, arguments.drafted)
     if arguments.json:
         assert isinstance(session.backend, CpuBackend)
         write_json(arguments.json, {"machine": fingerprint(session.backend.runtime), **result})

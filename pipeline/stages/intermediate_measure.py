@@ -53,7 +53,7 @@ def measure_intermediate(threads: int | None, context: BuildContext) -> None:
     with ModelDirectory.open(directory) as files:
         backend = CpuBackend(files, threads=threads)
         vocabularies = {len(ids): ids, **{size: _cut(ids, counts, size, files) for size in config["trim"]}}
-        likeliest = _LikeliestTokens(backend, list(vocabularies.values()))
+        likeliest = LikeliestTokens(backend, list(vocabularies.values()))
         replays: dict[int, Replay] = {}
         choices = []
         with context.progress(len(vocabularies), "acceptance by size of vocabulary", "sizes") as bar:
@@ -73,7 +73,7 @@ def measure_intermediate(threads: int | None, context: BuildContext) -> None:
     _summarize(context, record, best, target_bytes)
 
 
-class _LikeliestTokens:
+class LikeliestTokens:
     """The runtime's greedy drafts after tokens of texts, for several vocabularies at once; texts are computed once."""
 
     def __init__(self, backend: CpuBackend, vocabularies: Sequence[Ids]) -> None:

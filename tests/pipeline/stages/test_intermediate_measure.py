@@ -16,7 +16,7 @@ from deploy.runtime.backend import SEQUENCE_END, Row
 from deploy.runtime.cpu_backend import CpuBackend
 from deploy.runtime.sampling import SamplingParams
 from pipeline.stages import intermediate_measure
-from pipeline.stages.intermediate_measure import _cut, _LikeliestTokens
+from pipeline.stages.intermediate_measure import LikeliestTokens, _cut
 from pipeline.stages.served_form import BYTES_PER_WEIGHT, read_bytes
 from train.data.conversations import Conversation
 from train.intermediate.rollout import HeldOutTexts
@@ -63,7 +63,7 @@ def test_drafts_are_those_of_a_runtime_with_only_those_rows(
     monkeypatch.setattr(intermediate_measure, "ROWS_PER_CALL", 29)
     texts = conversations()
     packed = np.concatenate([text.token_ids for text in texts])
-    likeliest = _LikeliestTokens(CpuBackend(files, threads=1), [np.arange(VOCAB), IDS])
+    likeliest = LikeliestTokens(CpuBackend(files, threads=1), [np.arange(VOCAB), IDS])
     for kept in (IDS, np.arange(VOCAB)):
         found = likeliest.of(kept)(texts, list(range(len(packed))))
         trimmed = CpuBackend(files, threads=1, head_ids=kept)
@@ -91,7 +91,7 @@ def test_texts_are_computed_once_for_all_sizes_and_groups_of_texts_apart(
         return forward(rows, *arguments, **keywords)
 
     monkeypatch.setattr(backend, "forward", counted)
-    likeliest = _LikeliestTokens(backend, [np.arange(VOCAB), IDS])
+    likeliest = LikeliestTokens(backend, [np.arange(VOCAB), IDS])
     heldout = HeldOutTexts(conversations())
     replays = [heldout.replay(likeliest.of(kept), 3, kept) for kept in (np.arange(VOCAB), IDS)]
     assert computed == sum(len(text.token_ids) for text in conversations())
