@@ -27,8 +27,9 @@ ROW_COUNTS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 DRAFT_DEPTHS, DRAFT_WIDTHS = (1, 4), (1, 4)
 CONTEXT, REPEATS = 256, 15
 VERSION = 1
-_PROCEDURE = 2
-"""Raised with every change to how costs are measured: what was measured otherwise is measured again."""
+_PROCEDURE = 3
+"""Raised with every change to how costs are measured, or to what is computed: what was measured otherwise is measured
+again."""
 _ROUND_ROWS = 5
 """Rows of the forward before a draft that is timed."""
 _SCRATCH = 1 << 40

@@ -39,6 +39,7 @@ _LINEARS = (
 _NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
 _FC, _HIDDEN_NORM = 7, 4  # what only heads have
 _FINAL_NORM = -1
+_HEAD_BITS = 4  # of a head's matrices: a draft costs what it reads, and a draft that is wrong changes no text
 
 Ids = npt.NDArray[np.int64]
 
@@ -217,9 +218,9 @@ class _EagleLoader(_Loader):
         require(native().us_model_share_embedding(self.handle, self._target))
         return None
 
-    def _plain(self, name: str) -> SourceWeights:
+    def _plain(self, name: str, bits: int = _HEAD_BITS) -> SourceWeights:
         values = self._head.array(name)
-        return SourceWeights((values.shape[0], values.shape[1]), values, "BF16")
+        return SourceWeights((values.shape[0], values.shape[1]), values, "BF16", bits=bits)
 
 
 def _native_shape(shape: ModelShape) -> Shape:

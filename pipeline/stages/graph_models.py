@@ -18,7 +18,7 @@ VERSIONS = {
     "quantize": 1,
     "quality": 1,
     "generate": 1,
-    "eagle": 4,
+    "eagle": 5,
     "intermediate": 3,
     "measure": 1,
     "evaluate": 2,

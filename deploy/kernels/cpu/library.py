@@ -340,9 +340,10 @@ class SourceWeights:
 
     codes: packed words int32 [rows, in·bits/32], or the plain matrix. scale: [rows, groups]. minimum: packed zero
     points int32 [⌈rows·bits/32⌉, groups], float minima like scale, or None. dtype: "F32", "F16" or "BF16" of scale and
-    float minimum, or of the plain matrix. row_ids: int64, the rows to take, or None for all. is_bytes: codes int8
-    [rows, in] and zero points int8 [rows, groups] instead, less 128. inputs: how its inputs are quantized, None for
-    groups of 32; group_size may then be `in`, a scale per output.
+    float minimum, or of the plain matrix. bits: of the codes; what a plain matrix is quantized to when it is packed.
+    row_ids: int64, the rows to take, or None for all. is_bytes: codes int8 [rows, in] and zero points int8
+    [rows, groups] instead, less 128. inputs: how its inputs are quantized, None for groups of 32; group_size may then
+    be `in`, a scale per output.
     """
 
     shape: tuple[int, int]

@@ -17,7 +17,7 @@ from deploy.kernels.reference.fp32 import Float32
 from deploy.kernels.reference.layers import (
     ROWS_AT_ONCE,
     DecoderLayer,
-    build_linear,
+    build_head_linear,
     check_shape,
     rms_norm,
     run_layer,
@@ -63,7 +63,7 @@ class ReferenceEagle:
         return self._head.float32(f"{name}.weight")
 
     def _linear(self, name: str) -> Linear:
-        return build_linear(self._vector(name), None, self._target.activations)
+        return build_head_linear(self._vector(name), self._target.activations)
 
     @property
     def shape(self) -> ModelShape:

@@ -48,6 +48,11 @@ class DecoderLayer:
     down: Linear
 
 
+def build_head_linear(weight: Float32, activations: Activations) -> Linear:
+    """A matrix of an EAGLE head: as of `build_linear`, but in 4 bits."""
+    return Int8Linear.from_float4(weight) if activations == "int8" else build_linear(weight, None, activations)
+
+
 def build_linear(
     weight: GroupedInt | Float32, bias: Float32 | None, activations: Activations, inputs: LayerInputs | None = None
 ) -> Linear:

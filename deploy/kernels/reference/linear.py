@@ -43,6 +43,24 @@ def quantize_groups(x: Float32) -> tuple[npt.NDArray[np.int8], Float32]:
     return codes.reshape(rows, count), scale
 
 
+def quantize_weights4(weight: Float32) -> GroupedInt:
+    """A plain layer [out, in] in 4 bits per group of 32 along the input, from its least to its largest weight.
+
+    Scales and minima are rounded to fp16 first. Raises ValueError when 32 does not divide `in`.
+    """
+    rows, count = weight.shape
+    if count % GROUP:
+        raise ValueError(f"in_features={count} is not a multiple of {GROUP}; 4-bit weights need that")
+    grouped = weight.reshape(rows, count // GROUP, GROUP)
+    least, most = grouped.min(axis=2), grouped.max(axis=2)
+    scale = ((most - least) / np.float32(15)).astype(np.float16).astype(np.float32)
+    minimum = least.astype(np.float16).astype(np.float32)
+    divisor = np.where(scale == 0, np.float32(1), scale)
+    codes = np.clip(np.rint((grouped - minimum[:, :, None]) / divisor[:, :, None]), 0, 15)
+    q = np.where(scale[:, :, None] == 0, 0, codes).astype(np.uint8).reshape(rows, count)
+    return GroupedInt(q, scale, minimum, bits=4, group_size=GROUP)
+
+
 @dataclass(frozen=True)
 class _Block:
     """Some outputs of a layer. codes: [K/32, 32, out]; scale, minimum: float64 [K/32, out] holding float32 values."""
@@ -97,6 +115,11 @@ class Int8Linear:
         """A plain layer [out, in], quantized here: int8 per group of 32 along the input, symmetric, no minimum."""
         codes, scale = quantize_groups(weight)
         return cls(_make_blocks(codes, scale, None, GROUP), bias)
+
+    @classmethod
+    def from_float4(cls, weight: Float32, bias: Float32 | None = None) -> Int8Linear:
+        """The same in 4 bits with minima (`quantize_weights4`)."""
+        return cls.from_grouped(quantize_weights4(weight), bias)
 
     def __call__(self, x: Float32) -> Float32:
         codes, scale = quantize_groups(x)

@@ -8,7 +8,7 @@ from deploy.formats.architectures import ModelShape
 from deploy.formats.eagle_record import Owner
 from deploy.formats.speculators import EagleDirectory
 from deploy.kernels.reference.eagle import ReferenceEagle
-from deploy.kernels.reference.linear import GROUP, quantize_groups
+from deploy.kernels.reference.linear import quantize_weights4
 from deploy.kernels.reference.model import ReferenceBackend
 from deploy.runtime.backend import Row
 from deploy.runtime.sampling import SamplingParams
@@ -89,15 +89,14 @@ def test_a_drafting_chain_is_what_was_trained(make, choices):
 
 
 def test_the_served_form_is_close_to_served_weights(make):
-    """int8 weights in torch; the reference quantizes what they are multiplied with as well."""
+    """4-bit weights in torch; the reference quantizes what they are multiplied with as well."""
     target, head, reference = make(**HEADS[0])
     tokens, features = random_text(head)
 
-    def served(values):
-        codes, scale = quantize_groups(values)
-        return codes.astype(np.float32) * np.repeat(scale, GROUP, axis=1)
-
-    weights = {name: served(values) if values.ndim == 2 else values for name, values in head.weights().items()}
+    weights = {
+        name: quantize_weights4(values).dequantize() if values.ndim == 2 else values
+        for name, values in head.weights().items()
+    }
     embedding = target.embed(np.arange(target.shape.vocab_size))
     expected, rows = torch_logits(head, embedding, weights, tokens, features)
     errors = []

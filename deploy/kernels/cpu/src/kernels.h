@@ -137,6 +137,8 @@ struct Kernels {
   void (*to_float32)(const void* from, Number, int32_t n, float* to);
   // int8 codes and scales of a plain row of weights, n a multiple of 32
   void (*quantize_weights)(const float* x, int32_t n, int8_t* codes, float* scale);
+  // the same in 4 bits, with scales and minima in fp16
+  void (*quantize_weights4)(const float* x, int32_t n, uint8_t* codes, uint16_t* scale, uint16_t* minimum);
   // Sampling over n floats
   Finite (*find_maximum)(const float* x, int32_t n);
   void (*divide)(const float* x, float by, int32_t n, float* y);

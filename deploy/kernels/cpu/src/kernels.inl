@@ -339,6 +339,25 @@ void quantize_weights(const float* x, int32_t n, int8_t* codes, float* scale) {
   }
 }
 
+void quantize_weights4(const float* x, int32_t n, uint8_t* codes, uint16_t* scale, uint16_t* minimum) {
+  for (int32_t g = 0; g < n / kGroup; ++g, x += kGroup, codes += kGroup) {
+    const Floats low = load(x), high = load(x + 16);
+    const float most = max_lanes(max(low, high)), least = -max_lanes(max(negate(low), negate(high)));
+    uint16_t halves[16];
+    store_half(halves, set1((most - least) / 15.0f));
+    const Floats s = load_half(halves);
+    scale[g] = halves[0];
+    store_half(halves, set1(least));
+    const Floats m = load_half(halves);
+    minimum[g] = halves[0];
+    const bool is_flat = first_lane(s) == 0.0f;
+    int8_t rounded[kGroup];
+    store_i8(rounded, clamp_ints(round_to_ints(div(sub(low, m), s)), 0, 15));
+    store_i8(rounded + 16, clamp_ints(round_to_ints(div(sub(high, m), s)), 0, 15));
+    for (int k = 0; k < kGroup; ++k) codes[k] = is_flat ? 0 : static_cast<uint8_t>(rounded[k]);
+  }
+}
+
 #include "row_scales.inl"
 
 // ---- embedding -------------------------------------------------------------------------------------------------
@@ -654,7 +673,7 @@ constexpr Kernels kTable = {
     matmul_tile, finish_store, finish_add, finish_silu, quantize,
     matmul_tile_rows, quantize_row, store_silu, rms_norm,
     rotate,      to_half,      widen,        attend,     attend_finish, embed,          to_float32,
-    quantize_weights, find_maximum, divide, find_above, sum_exp, exp_difference, log_one,
+    quantize_weights, quantize_weights4, find_maximum, divide, find_above, sum_exp, exp_difference, log_one,
     add_noise,
     measure_read, measure_dot, double{kMaxBlock} * kTile * kGroup,
 };

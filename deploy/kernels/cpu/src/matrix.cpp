@@ -118,7 +118,7 @@ class GroupedPacking : public Program {
   std::atomic<bool> finite_{true};
 };
 
-// A plain matrix, quantized to signed 8 bits in groups of 32.
+// A plain matrix, quantized in groups of 32: to signed 8 bits, or to 4 bits with minima.
 class PlainPacking : public Program {
  public:
   PlainPacking(const us_weights& from, const MatrixView& to, uint8_t* data, const Kernels& kernels, int32_t threads)
@@ -128,6 +128,8 @@ class PlainPacking : public Program {
       scratch.row.resize(static_cast<size_t>(to.inputs));
       scratch.codes.resize(static_cast<size_t>(to.inputs));
       scratch.scale.resize(static_cast<size_t>(to.groups));
+      scratch.nibbles.resize(static_cast<size_t>(to.inputs));
+      scratch.halves.resize(2 * static_cast<size_t>(to.groups));
     }
   }
 
@@ -143,6 +145,8 @@ class PlainPacking : public Program {
   struct Scratch {
     Buffer<float> row, scale;
     Buffer<int8_t> codes;
+    Buffer<uint8_t> nibbles;
+    Buffer<uint16_t> halves;  // scales, then minima
   };
 
   void pack_output(uint8_t* tile, int32_t column, int32_t output, Scratch& scratch) {
@@ -151,8 +155,9 @@ class PlainPacking : public Program {
     const size_t bytes = number_bytes(number) * static_cast<size_t>(from_.inputs);
     const auto* source = static_cast<const uint8_t*>(from_.codes) + bytes * static_cast<size_t>(row);
     kernels_.to_float32(source, number, to_.inputs, scratch.row.data());
-    kernels_.quantize_weights(scratch.row.data(), to_.inputs, scratch.codes.data(), scratch.scale.data());
     if (!kernels_.find_maximum(scratch.row.data(), to_.inputs).is_finite) finite_ = false;
+    if (to_.bits == 4) return pack_nibbles(tile, column, scratch);
+    kernels_.quantize_weights(scratch.row.data(), to_.inputs, scratch.codes.data(), scratch.scale.data());
     auto* scale = reinterpret_cast<float*>(tile) + column;
     uint8_t* to = tile + to_.code_offset + column / 16 * 512 + column % 16 * 4;
     for (int32_t g = 0; g < to_.groups; ++g, to += 1024) {
@@ -165,6 +170,25 @@ class PlainPacking : public Program {
       }
     }
   }
+
+  void pack_nibbles(uint8_t* tile, int32_t column, Scratch& scratch) {
+    uint16_t *scales = scratch.halves.data(), *minima = scales + to_.groups;
+    kernels_.quantize_weights4(scratch.row.data(), to_.inputs, scratch.nibbles.data(), scales, minima);
+    auto* scale = reinterpret_cast<uint16_t*>(tile) + column;
+    auto* minimum = reinterpret_cast<uint16_t*>(tile + to_.minimum_offset) + column;
+    const uint8_t* codes = scratch.nibbles.data();
+    uint8_t* to = tile + to_.code_offset + column / 16 * 256 + column % 16 * 4;
+    for (int32_t g = 0; g < to_.groups; ++g, to += 512, codes += kGroup) {
+      if (!is_finite_half(scales[g]) || !is_finite_half(minima[g])) finite_ = false;
+      scale[g * kTile] = scales[g];
+      minimum[g * kTile] = minima[g];
+      for (int32_t j = 0; j < 4; ++j)
+        for (int32_t i = 0; i < 4; ++i)
+          to[64 * j + i] = static_cast<uint8_t>(codes[8 * j + i] | codes[8 * j + 4 + i] << 4);
+    }
+  }
+
+  static bool is_finite_half(uint16_t half) { return (half & 0x7c00) != 0x7c00; }
 
   const us_weights& from_;
   const MatrixView& to_;
@@ -211,7 +235,7 @@ void check(const us_weights& from) {
     throw std::invalid_argument("a matrix of " + std::to_string(from.outputs) + " × " + std::to_string(from.inputs) +
                                 " does not fit; inputs must be a multiple of 32");
   if (from.scale_type < 0 || from.scale_type > 2) throw std::invalid_argument("unknown number type");
-  if (!from.is_plain && from.bits != 4 && from.bits != 8)
+  if (from.bits != 4 && from.bits != 8)
     throw std::invalid_argument("bits=" + std::to_string(from.bits) + " is not supported; use 4 or 8");
   if (!from.is_plain && (from.group_size <= 0 || from.inputs % from.group_size))
     throw std::invalid_argument("group_size does not divide inputs");
@@ -225,11 +249,13 @@ MatrixView lay_out(const us_weights& from) {
   view.outputs = static_cast<int32_t>(from.outputs);
   view.inputs = static_cast<int32_t>(from.inputs);
   view.groups = view.inputs / kGroup;
-  view.bits = from.is_plain ? 8 : from.bits;
-  view.is_signed = from.is_plain;
+  view.bits = from.bits;
+  view.is_signed = from.is_plain && from.bits == 8;
   view.is_channel = from.input_bits && from.group_size == from.inputs;
   view.group_shift = from.is_plain || view.is_channel ? 0 : shift_of(from.group_size);
-  view.scale_number = from.is_plain ? Number::kFloat32 : static_cast<Number>(from.scale_type);
+  view.scale_number = static_cast<Number>(from.scale_type);
+  if (from.is_plain) view.scale_number = view.is_signed ? Number::kFloat32 : Number::kFloat16;
+  if (from.is_plain && !view.is_signed) view.minimum = Minimum::kNumber;
   if (!from.is_plain) view.minimum = from.has_float_minimum ? Minimum::kNumber : Minimum::kZeroPoint;
   if (from.input_bits && !from.minimum) {
     view.minimum = Minimum::kNone;

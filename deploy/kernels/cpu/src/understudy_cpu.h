@@ -34,7 +34,7 @@ typedef struct {
   const float* bias;       /* [outputs] or NULL */
   const int64_t* row_ids;  /* [outputs]: which rows of the source these are; NULL: all, in order */
   int32_t bits, group_size, scale_type;
-  int32_t is_plain;        /* quantized here to int8 in groups of 32 */
+  int32_t is_plain;        /* quantized here in groups of 32: to int8, or to 4 bits with minima */
   int32_t has_float_minimum;
   int32_t is_bytes;        /* 8 bits: codes int8 [rows][inputs], code − 128; zero points int8 [rows][groups] alike */
   /* How what it multiplies is quantized. 0 bits: in groups of 32, as docs/numerics.md says for layers whose file says

@@ -109,6 +109,28 @@ def test_a_plain_layer_is_quantized_as_the_definition_says(runtime, dtype, num_o
     np.testing.assert_array_equal(matrix.multiply(x), Int8Linear.from_float(exact, bias)(x))
 
 
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize(("num_out", "num_in"), [(70, 96), (31, 2080)])
+def test_a_plain_layer_in_4_bits_is_quantized_as_the_definition_says(runtime, dtype, num_out, num_in):
+    rng = np.random.default_rng(7)
+    values = rng.standard_normal((num_out, num_in)).astype(np.float32)
+    values[3, :32], values[4, 32:64], values[5, :32], values[6, :32] = 0, 1e-38, 0.75, np.linspace(0, 3e-8, 32)
+    values[7, 64:96], values[8, 0] = rng.standard_normal(32) * 1e-5, 60000
+    raw = {"F32": values, "BF16": to_bfloat16(values)}[dtype]
+    exact = (raw.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else values
+    bias = rng.standard_normal(num_out).astype(np.float32)
+    matrix = Matrix(runtime, SourceWeights((num_out, num_in), raw, dtype, bits=4, bias=bias))
+    x = inputs(rng, 9, num_in)
+    np.testing.assert_array_equal(matrix.multiply(x), Int8Linear.from_float4(exact, bias)(x))
+
+
+def test_a_plain_layer_in_4_bits_beyond_what_its_scales_hold_is_refused(runtime):
+    values = np.zeros((32, 32), np.float32)
+    values[1, 5] = 2.0**21
+    with pytest.raises(ValueError, match="scale, minimum or weight that is not finite"):
+        Matrix(runtime, SourceWeights((32, 32), values, "F32", bits=4))
+
+
 def test_chosen_rows_are_rows_of_the_whole(runtime, tiny):
     rng = np.random.default_rng(8)
     chosen = np.sort(rng.choice(90, 37, replace=False)).astype(np.int64)
