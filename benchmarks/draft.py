@@ -30,7 +30,7 @@ from deploy.runtime.cpu_eagle import CpuEagle
 from deploy.runtime.sampling import SamplingParams
 from deploy.runtime.tree import TreeLimits
 
-_BYTES_PER_WEIGHT = 1 + 4 / 32  # int8, and a float32 scale for every 32
+_BYTES_PER_WEIGHT = 0.5 + 4 / 32  # 4 bits, and a scale and a minimum in fp16 for every 32
 
 
 def random_head(path: Path, target: ModelShape, draft_vocabulary: int, num_features: int) -> EagleDirectory:
