@@ -156,8 +156,8 @@ def main() -> None:
     for path in arguments.intermediates:
         opened = Bundle.open(path)
         found = dict(measure_intermediate(opened, bundle, groups, arguments.drafted, arguments.threads))
-        result[f"{path}/intermediate"] = found
-        show(f"{path}/intermediate", found, arguments.drafted)
+        result[f"{path.name}/intermediate"] = found
+        show(f"{path.name}/intermediate", found, arguments.drafted)
     if arguments.json:
         assert isinstance(session.backend, CpuBackend)
         write_json(arguments.json, {"machine": fingerprint(session.backend.runtime), **result})
