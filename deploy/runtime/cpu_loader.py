@@ -218,9 +218,9 @@ class _EagleLoader(_Loader):
         require(native().us_model_share_embedding(self.handle, self._target))
         return None
 
-    def _plain(self, name: str, bits: int = _HEAD_BITS) -> SourceWeights:
+    def _plain(self, name: str) -> SourceWeights:
         values = self._head.array(name)
-        return SourceWeights((values.shape[0], values.shape[1]), values, "BF16", bits=bits)
+        return SourceWeights((values.shape[0], values.shape[1]), values, "BF16", bits=_HEAD_BITS)
 
 
 def _native_shape(shape: ModelShape) -> Shape:
