@@ -30,7 +30,7 @@ LIBRARY_VARIABLE = "UNDERSTUDY_CPU_LIBRARY"
 ISAS = ("avx512vnni", "avxvnni", "avx2", "scalar")  # best first
 _LIBRARY = "libunderstudy_cpu.so"
 _OUT_OF_MEMORY = "out of memory"  # as abi.cpp says it
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 PHASES = ("other", "quantize", "qkv", "attention", "output", "mlp", "head", "sampling")
 _NUMBER_TYPES = {"F32": 0, "F16": 1, "BF16": 2}
 

@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 #define US_API __attribute__((visibility("default")))
-#define US_ABI_VERSION 5
+#define US_ABI_VERSION 6
 
 typedef struct us_runtime us_runtime;
 typedef struct us_matrix us_matrix;
