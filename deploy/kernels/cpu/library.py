@@ -27,7 +27,7 @@ from deploy.kernels.cpu.threads import choose_threads
 
 ISA_VARIABLE = "UNDERSTUDY_ISA"
 LIBRARY_VARIABLE = "UNDERSTUDY_CPU_LIBRARY"
-ISAS = ("avx512vnni", "avxvnni", "avx2", "scalar")  # best first
+ISAS = ("amx", "avx512vnni", "avxvnni", "avx2", "scalar")  # best first
 _LIBRARY = "libunderstudy_cpu.so"
 _OUT_OF_MEMORY = "out of memory"  # as abi.cpp says it
 _ABI_VERSION = 6

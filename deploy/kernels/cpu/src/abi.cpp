@@ -74,10 +74,11 @@ class Multiplication : public Program {
         y_(y),
         rows_(rows) {
     buffer_.reserve(rows, matrix_.inputs);
-    inputs_ = grid_.qmax ? buffer_.by_row(rows, matrix_.inputs) : buffer_.in_groups(rows, matrix_.inputs);
+    inputs_ = grid_.qmax ? buffer_.by_row(rows, matrix_.inputs, runtime.kernels.wants_tiles(matrix_, rows)) : buffer_.in_groups(rows, matrix_.inputs);
     const auto threads = static_cast<size_t>(runtime.pool.threads());
-    sums_.resize(threads, Buffer<float>(static_cast<size_t>(rows) * kTile));
+    sums_.resize(threads, Buffer<float>(product(rows + kRowsBehind, kTile)));
     scratch_.resize(threads, Buffer<float>(std::max<size_t>(kDecodeScratch, static_cast<size_t>(matrix_.inputs))));
+    begun_.resize(threads, 0);
     phases = {{0, 0, rows}};
   }
 
@@ -93,6 +94,8 @@ class Multiplication : public Program {
     const bool is_last = item + 1 == phase.items || item + 1 == runtime_.pool.first_item(phase.items, thread + 1);
     const int32_t next = is_last ? runtime_.pool.first_item(phase.items, thread) : item + 1;
     if (inputs_.is_by_row) {
+      if (inputs_.by_row.is_for_tiles && !begun_[static_cast<size_t>(thread)]) kernels.begin_rows(rows_);
+      begun_[static_cast<size_t>(thread)] = 1;
       kernels.matmul_tile_rows(matrix_, item, inputs_.by_row, sums, scratch, matrix_.tile(next));
     } else {
       kernels.matmul_tile(matrix_, item, inputs_.in_groups, sums, scratch, matrix_.tile(next));
@@ -120,6 +123,7 @@ class Multiplication : public Program {
   InputsBuffer buffer_;
   QuantizedInputs inputs_ = {};
   std::vector<Buffer<float>> sums_, scratch_;
+  std::vector<char> begun_;  // of each thread
 };
 
 // Every thread reads its share of a buffer, or runs dot products on registers.

@@ -95,8 +95,8 @@ void Forward::begin_rows(int64_t begin, int64_t end) {
   hidden_.reserve(num_rows_, shape_.intermediate_size);
   if (hidden_by_row_) grow(hidden_rows_, product(num_rows_, shape_.intermediate_size));
   for (Scratch& scratch : scratch_) {
-    grow(scratch.sums, product(num_rows_, kTile));
-    grow(scratch.other_sums, product(num_rows_, kTile));
+    grow(scratch.sums, product(num_rows_ + kRowsBehind, kTile));
+    grow(scratch.other_sums, product(num_rows_ + kRowsBehind, kTile));
   }
   phases.clear();
   add_input_phases();

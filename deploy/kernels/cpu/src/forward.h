@@ -58,6 +58,7 @@ class Forward : public Program {
     Buffer<float> sums, other_sums, decode, norm, attention, output;
     InputsBuffer inputs;
     int64_t prepared = -1;
+    int64_t begun = -1;  // program whose rows its thread is ready to multiply
     std::unique_ptr<Sampler> sampler;
   };
 
@@ -83,6 +84,8 @@ class Forward : public Program {
   const Matrix& reader_of(Source source, int32_t layer) const;
   int32_t rows_of(Source source) const { return source == kHeadNorm ? num_head_ : num_rows_; }
   int32_t width_of(Source source) const;
+  // Whether all matrices that read `source` do.
+  bool wants_tiles(Source source, int32_t layer, int32_t rows) const;
   void multiply(const Spot& at, const QuantizedInputs& in, Buffer<float>& sums, Scratch& scratch, const uint8_t* next);
 
   void join(int32_t row, Scratch& scratch);

@@ -16,6 +16,7 @@ constexpr int kMaxBlock = 6;    // rows computed together
 constexpr int kPanel = 64;      // groups whose scales are decoded at once
 constexpr int kMaxRows = 128;   // rows of one pass through the layers
 constexpr int kKeyBlock = 32;   // positions of one step of the softmax
+constexpr int kRowsBehind = 15; // rows that tiles may have too many
 
 enum class Number : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 enum class Minimum : int32_t { kNone = 0, kZeroPoint = 1, kNumber = 2 };
@@ -74,13 +75,14 @@ struct InputGrid {
   const int32_t* offset = nullptr;   // [columns] k·qmax, k the number of earlier columns of that channel
 };
 
-// Inputs with one scale a row; codes lie as above, group by group within a block of rows.
+// Inputs with one scale a row; codes lie as above, group by group within a block of rows, or as tiles.inl says.
 struct RowInputs {
   int8_t* codes;
   float* scale;     // [rows]
   int32_t* total;   // [rows] sum of a row's codes
-  int32_t* totals;  // of each group, where the scales of `Inputs` would be
+  int32_t* totals;  // of each group, where the scales of `Inputs` would be; for tiles [groups][rows]
   int32_t rows, groups;
+  bool is_for_tiles;
 };
 
 // One step of the softmax for the query heads that share a key/value head.
@@ -108,6 +110,10 @@ struct Finite {
 };
 
 struct Kernels {
+  // Whether a matrix is better multiplied with so many rows in tiles; all that read the same inputs have to want it.
+  bool (*wants_tiles)(const MatrixView&, int32_t rows);
+  // To be called on a thread before it multiplies so many rows in tiles, and again once other code may have run there.
+  void (*begin_rows)(int32_t rows);
   // sums[row][32] = the outputs of one tile for every row, without bias. `next`: what will be read after this tile.
   void (*matmul_tile)(const MatrixView&, int32_t tile, const Inputs&, float* sums, float* scratch, const uint8_t* next);
   // y[row·stride + i] = sums[row][i] (+ bias[i]) for i < count
@@ -160,5 +166,6 @@ const Kernels& kernels_scalar();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avxvnni();
 const Kernels& kernels_avx512vnni();
+const Kernels& kernels_amx();
 
 }  // namespace understudy

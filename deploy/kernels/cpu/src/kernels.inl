@@ -669,8 +669,11 @@ void measure_dot(int64_t rounds) {
   }
 }
 
+bool wants_tiles(const MatrixView&, int32_t) { return false; }
+void begin_rows(int32_t) {}
+
 constexpr Kernels kTable = {
-    matmul_tile, finish_store, finish_add, finish_silu, quantize,
+    wants_tiles, begin_rows, matmul_tile, finish_store, finish_add, finish_silu, quantize,
     matmul_tile_rows, quantize_row, store_silu, rms_norm,
     rotate,      to_half,      widen,        attend,     attend_finish, embed,          to_float32,
     quantize_weights, quantize_weights4, find_maximum, divide, find_above, sum_exp, exp_difference, log_one,

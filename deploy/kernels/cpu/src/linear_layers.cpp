@@ -34,6 +34,14 @@ const Matrix& Forward::reader_of(Source source, int32_t layer) const {
   return model_.layers_[static_cast<size_t>(layer)].linear[kReader[source]];
 }
 
+bool Forward::wants_tiles(Source source, int32_t layer, int32_t rows) const {
+  const auto& linear = model_.layers_[static_cast<size_t>(layer)].linear;
+  const auto wants = [&](const Matrix& matrix) { return kernels_.wants_tiles(matrix.view, rows); };
+  if (source == kAttentionNorm) return wants(linear[kQ]) && wants(linear[kK]) && wants(linear[kV]);
+  if (source == kMlpNorm) return wants(linear[Linear::kGate]) && wants(linear[kUp]);
+  return wants(reader_of(source, layer));
+}
+
 int32_t Forward::width_of(Source source) const {
   if (source == kAttentionOutput) return num_q_;
   if (source == kHidden) return shape_.intermediate_size;
@@ -49,7 +57,8 @@ int32_t Forward::columns_of(Source source, int32_t layer) const {
 
 QuantizedInputs Forward::view_of(InputsBuffer& buffer, Source source, int32_t layer) const {
   const int32_t rows = rows_of(source), columns = columns_of(source, layer);
-  return reader_of(source, layer).qmax ? buffer.by_row(rows, columns) : buffer.in_groups(rows, columns);
+  if (!reader_of(source, layer).qmax) return buffer.in_groups(rows, columns);
+  return buffer.by_row(rows, columns, wants_tiles(source, layer, rows));
 }
 
 void Forward::quantize_row(Source source, int32_t layer, int32_t row, const QuantizedInputs& to, Scratch& scratch) {
@@ -179,8 +188,13 @@ const uint8_t* Forward::next_after(const Phase& phase, int32_t item, int32_t thr
 void Forward::multiply(const Spot& at, const QuantizedInputs& in, Buffer<float>& sums, Scratch& scratch,
                        const uint8_t* next) {
   const MatrixView& view = at.matrix->view;
-  if (in.is_by_row)
+  if (in.is_by_row) {
+    if (in.by_row.is_for_tiles && scratch.begun != serial_) {
+      kernels_.begin_rows(in.by_row.rows);
+      scratch.begun = serial_;
+    }
     return kernels_.matmul_tile_rows(view, at.tile, in.by_row, sums.data(), scratch.decode.data(), next);
+  }
   kernels_.matmul_tile(view, at.tile, in.in_groups, sums.data(), scratch.decode.data(), next);
 }
 

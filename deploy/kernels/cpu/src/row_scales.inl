@@ -219,20 +219,33 @@ void matmul_tile_rows(const MatrixView& w, int32_t index, const RowInputs& in, f
 
 // ---- inputs ----------------------------------------------------------------------------------------------------
 
-// `codes(i)`: codes i … i + 15 of the row.
-template <class Codes>
-inline void write_row(const RowInputs& out, int32_t row, Codes codes) {
+// Where a row's groups lie: the first one's codes and total, the way from there to the second one's codes and to the
+// third one's, so on for every two; and that from each total to the next.
+struct RowPlace {
+  int8_t* codes;
+  int32_t* total;
+  ptrdiff_t to_second, to_third, total_step;
+};
+
+inline RowPlace place_in_block(const RowInputs& out, int32_t row) {
   const RowBlock block = block_of(out.rows, row);
-  size_t slot = static_cast<size_t>(block.first) * out.groups + (row - block.first);
+  const size_t slot = static_cast<size_t>(block.first) * out.groups + (row - block.first);
+  return {out.codes + slot * kGroup, out.totals + slot, kGroup * block.count, 2 * kGroup * block.count, block.count};
+}
+
+// `codes(i)`: codes i … i + 15 of the row. Returns their sum.
+template <class Codes>
+inline int32_t write_row(RowPlace to, int32_t groups, Codes codes) {
   int32_t total = 0;
-  for (int32_t g = 0; g < out.groups; ++g, slot += block.count) {
+  for (int32_t g = 0; g < groups; ++g, to.total += to.total_step) {
     const Ints a = codes(kGroup * g), b = codes(kGroup * g + 16);
-    store_i8(out.codes + slot * kGroup, a);
-    store_i8(out.codes + slot * kGroup + 16, b);
-    out.totals[slot] = sum_ints(a, b);
-    total += out.totals[slot];
+    int8_t* at = to.codes + g / 2 * to.to_third + g % 2 * to.to_second;
+    store_i8(at, a);
+    store_i8(at + 16, b);
+    *to.total = sum_ints(a, b);
+    total += *to.total;
   }
-  out.total[row] = total;
+  return total;
 }
 
 inline Floats clamp(Floats x, float limit) { return min(max(x, set1(-limit)), set1(limit)); }
@@ -243,8 +256,8 @@ inline float absmax_of(const float* x, int32_t n) {
   return max_lanes(largest);
 }
 
-void quantize_row(const float* x, const float* weight, float eps, const InputGrid& grid, const RowInputs& out,
-                  int32_t row, float* scratch) {
+void quantize_row_to(const RowPlace& to, const float* x, const float* weight, float eps, const InputGrid& grid,
+                     const RowInputs& out, int32_t row, float* scratch) {
   if (weight) {
     rms_norm(x, weight, grid.channels, eps, scratch);
     x = scratch;
@@ -255,16 +268,24 @@ void quantize_row(const float* x, const float* weight, float eps, const InputGri
   out.scale[row] = s.scale;
   const Floats inverse = set1(s.inverse);
   // A row's own scale needs no clamp, unless what is in it are not numbers: codes fit their grid all the same.
-  if (!grid.flatten)
-    return write_row(out, row, [=](int32_t i) { return round_to_ints(clamp(mul(load(x + i), inverse), qmax)); });
+  if (!grid.flatten) {
+    const auto codes = [=](int32_t i) { return round_to_ints(clamp(mul(load(x + i), inverse), qmax)); };
+    out.total[row] = write_row(to, out.groups, codes);
+    return;
+  }
   // In place: every number is read before its code is written.
   for (int32_t i = 0; i < grid.channels; i += 16)
     store_ints(scratch + i, round_to_ints(clamp(mul(load(x + i), inverse), 0x1p23f)));
-  write_row(out, row, [&](int32_t i) {
+  out.total[row] = write_row(to, out.groups, [&](int32_t i) {
     const Ints code = gather_ints(scratch, load_ints(grid.flatten + i)), offset = load_ints(grid.offset + i);
     return add_ints(clamp_ints(subtract_ints(code, offset), 0, grid.qmax),
                     clamp_ints(add_ints(code, offset), -grid.qmax, 0));
   });
+}
+
+void quantize_row(const float* x, const float* weight, float eps, const InputGrid& grid, const RowInputs& out,
+                  int32_t row, float* scratch) {
+  quantize_row_to(place_in_block(out, row), x, weight, eps, grid, out, row, scratch);
 }
 
 void store_silu(const float* gate, const float* up, int32_t rows, float* y, size_t stride) {

@@ -31,8 +31,9 @@ class InputsBuffer {
   // Makes room; what it holds is lost.
   void reserve(int32_t rows, int32_t columns) {
     const size_t slots = product(rows, columns / kGroup), count = static_cast<size_t>(rows);
+    const size_t codes = product(rows + kRowsBehind, columns + kGroup);
+    if (codes > codes_.size()) codes_.resize(codes);
     if (slots > scale_.size()) {
-      codes_.resize(slots * kGroup);
       scale_.resize(slots);
       offset_.resize(slots);
       start_.resize(slots);
@@ -45,8 +46,10 @@ class InputsBuffer {
   QuantizedInputs in_groups(int32_t rows, int32_t inputs) {
     return {false, {codes_.data(), scale_.data(), offset_.data(), start_.data(), rows, inputs / kGroup}, {}};
   }
-  QuantizedInputs by_row(int32_t rows, int32_t columns) {
-    return {true, {}, {codes_.data(), row_scale_.data(), total_.data(), start_.data(), rows, columns / kGroup}};
+  QuantizedInputs by_row(int32_t rows, int32_t columns, bool is_for_tiles) {
+    return {true,
+            {},
+            {codes_.data(), row_scale_.data(), total_.data(), start_.data(), rows, columns / kGroup, is_for_tiles}};
   }
 
  private:
