@@ -81,6 +81,19 @@ def test_every_experiment_composes_without_one_of_its_parts(composed: Compose, e
     assert config[part.rpartition("@")[2]]["method"] == "none"
 
 
+def test_the_long_recipe_goes_on_from_an_intermediate_that_it_made(composed: Compose) -> None:
+    overrides = ("experiment=smollm2_full", "intermediate/initial=checkpoint", "intermediate.initial.path=MODEL")
+    intermediate = composed(*overrides)["intermediate"]
+    assert intermediate["initial"]["kind"] == "checkpoint"
+    assert intermediate["align"]["lora"]["rank"] is None
+
+
+def test_the_recipe_with_a_sibling_takes_every_method_for_it(composed: Compose) -> None:
+    paths = ("target.path=1.5B.gguf", "intermediate.initial.path=0.5B.gguf")
+    config = composed("experiment=qwen_coder_1_5b", *paths, "quantize@intermediate.quantize=rtn")
+    assert config["intermediate"]["quantize"]["method"] == "rtn"
+
+
 @pytest.mark.parametrize("method", [c for c in CHOICES if c.startswith("quantize/")])
 @pytest.mark.parametrize("comparison", [c for c in CHOICES if c.startswith("quality/")])
 def test_every_method_composes_with_every_comparison(composed: Compose, method: str, comparison: str) -> None:

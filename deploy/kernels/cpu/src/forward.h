@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <utility>
 #include <vector>
 
 #include "model.h"
@@ -58,7 +59,7 @@ class Forward : public Program {
     Buffer<float> sums, other_sums, decode, norm, attention, output;
     InputsBuffer inputs;
     int64_t prepared = -1;
-    int64_t begun = -1;  // program whose rows its thread is ready to multiply
+    std::pair<int64_t, int32_t> begun{-1, 0};  // program and rows that its thread is ready to multiply in tiles
     std::unique_ptr<Sampler> sampler;
   };
 

@@ -189,9 +189,10 @@ void Forward::multiply(const Spot& at, const QuantizedInputs& in, Buffer<float>&
                        const uint8_t* next) {
   const MatrixView& view = at.matrix->view;
   if (in.is_by_row) {
-    if (in.by_row.is_for_tiles && scratch.begun != serial_) {
+    const std::pair<int64_t, int32_t> wanted{serial_, in.by_row.rows};  // the head may have fewer rows than the layers
+    if (in.by_row.is_for_tiles && scratch.begun != wanted) {
       kernels_.begin_rows(in.by_row.rows);
-      scratch.begun = serial_;
+      scratch.begun = wanted;
     }
     return kernels_.matmul_tile_rows(view, at.tile, in.by_row, sums.data(), scratch.decode.data(), next);
   }
