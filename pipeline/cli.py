@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 import pipeline
 from pipeline.errors import is_user_error, one_line
 from pipeline.graph import Selection, Stage
+from pipeline.memory import keep_freed_memory
 from pipeline.run import Outcome, closing_lines, run_pipeline
 from pipeline.schema import Config, register
 from pipeline.store import Store
@@ -96,6 +97,7 @@ def run_config(config: Config, run_dir: Path, build_graph: GraphBuilder) -> list
 
     Raises what `run_pipeline` raises; the run is then recorded as failed.
     """
+    keep_freed_memory()
     tracker = make_tracker(config.tracking, run_dir)
     tracker.start_run(
         cast(dict[str, Any], OmegaConf.to_container(cast(DictConfig, config), resolve=True, enum_to_str=True))

@@ -1,13 +1,36 @@
-"""Peak memory of a build: this process and its children, sampled from a thread."""
+"""Memory of a build: its peak, and freed blocks that are used again instead of being mapped anew."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from types import TracebackType
 
 import psutil
 
 INTERVAL_SECONDS = 0.25
+MALLOC_PARAMETERS = {
+    "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
+    "M_TOP_PAD": (-2, 64 << 20),
+    "M_MMAP_THRESHOLD": (-3, 1 << 30),
+}
+"""Of glibc's mallopt(3): number and value. Up to 2 GiB stay with the process; blocks from 1 GiB on go back at once."""
+
+
+def keep_freed_memory() -> None:
+    """Make glibc's malloc use freed blocks again that it would otherwise give back to the system.
+
+    It maps every block of more than 32 MiB for itself, so each temporary tensor of a large layer is paid for in page
+    faults: they were half the time of choosing weight ranges for 8960 × 1536 (`quantize.weights.observer=mse`). Does
+    nothing where the C library is another one.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for number, value in MALLOC_PARAMETERS.values():
+            mallopt(number, value)
 
 
 class MemoryWatch:

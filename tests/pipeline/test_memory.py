@@ -1,9 +1,12 @@
-"""Peak memory."""
+"""Peak memory, and memory that is used again."""
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
+
+import pytest
 
 from pipeline.memory import MemoryWatch
 
@@ -29,3 +32,30 @@ def test_memory_of_children_counts() -> None:
         watch._sample()
         child.communicate(b"\n")
     assert watch.peak_bytes >= before + 0.9 * HUNDRED_MB
+
+
+def faults_of_temporary_blocks(before: str) -> int:
+    """Pages that twenty blocks of 64 MiB, one after the other, make the system find; `before` runs first."""
+    code = f"""
+import ctypes, resource
+from pipeline.memory import keep_freed_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+def block():
+    address = libc.malloc(ctypes.c_size_t(64 << 20))
+    ctypes.memset(address, 1, 64 << 20)
+    libc.free(ctypes.c_void_p(address))
+{before}
+block()
+begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    block()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin)
+"""
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_used_again_without_page_faults() -> None:
+    assert faults_of_temporary_blocks("") > 20 * 100  # huge pages would make them fewer, not none
+    assert faults_of_temporary_blocks("keep_freed_memory()") < 100
