@@ -7,6 +7,9 @@ trying costs. A lookup is a candidate only where the text's end occurred before,
 longer ones are right more often. What repeats itself is easier for every drafter, so rates are kept apart by the length
 of that match too: a head's rate where there is none says little of its rate where there is one.
 
+A head or a model that drafts first reads what was written without it, the prompt above all. That is paid once for all
+the rounds that follow, so it is not held against the round in which it happens.
+
 Which tokens come out does not depend on any of this.
 """
 
@@ -58,6 +61,11 @@ class Candidate:
     match_length: int | None = None
     is_certain: bool = False
 
+    @property
+    def reads(self) -> bool:
+        """Whether its drafter is a model, which has to read the text."""
+        return self.match_length is None and not self.is_certain
+
 
 @dataclass
 class _Record:
@@ -75,10 +83,11 @@ class _Record:
     def rate(self) -> float:
         return self.tokens / self.milliseconds
 
-    def add(self, tokens: int, milliseconds: float) -> None:
+    def add(self, tokens: int, milliseconds: float, longest: float = _LONGEST_ROUND) -> None:
+        """One more round. longest: what it may count as, in usual rounds."""
         usual = self.milliseconds / self.weight
         self.tokens = _MEMORY * self.tokens + tokens
-        self.milliseconds = _MEMORY * self.milliseconds + min(milliseconds, _LONGEST_ROUND * usual)
+        self.milliseconds = _MEMORY * self.milliseconds + min(milliseconds, longest * usual)
         self.weight = _MEMORY * self.weight + 1
 
     def fade(self) -> None:
@@ -134,13 +143,14 @@ class _RowCost:
 
 @dataclass
 class _Round:
-    """The round that is under way: who drafts, whose record it goes into, since when, when the draft was there and how
-    many rows it made."""
+    """The round that is under way: whose record it goes into, whether its drafter read more than the last round's
+    tokens, since when, when the draft was there and how many rows it made."""
 
     record: _Record
+    has_caught_up: bool
     begin: float
-    drafted: float = 0.0
-    rows: int = 0
+    drafted: float
+    rows: int
 
 
 class AutoDrafter:
@@ -171,6 +181,7 @@ class AutoDrafter:
         self._drafters = list({id(c.drafter): c.drafter for c in candidates}.values())
         self.taps = tuple(sorted({layer for drafter in self._drafters for layer in drafter.taps}))
         self._rounds: dict[int, _Round] = {}
+        self._readers: dict[int, Drafter] = {}  # sequence → the model that drafted its last round, if one did
         self._row_cost = _RowCost(rows_ms) if rows_ms else None
         self._num_committed = 0  # sequences, since the last draft was begun
         self._last_forward: tuple[int, float] | None = None  # rows and milliseconds
@@ -192,6 +203,7 @@ class AutoDrafter:
                     places[index] = drafter.begin(sequence, length)
             length = min(places)
         self._rounds.pop(sequence, None)
+        self._readers.pop(sequence, None)
         for records in self._records.values():
             for record in records.values():
                 record.fade()
@@ -204,7 +216,8 @@ class AutoDrafter:
         self._num_committed += 1
         if finished is not None:
             now = self._clock()
-            finished.record.add(len(tokens), (now - finished.begin) * 1e3)
+            longest = 1.0 if finished.has_caught_up else _LONGEST_ROUND
+            finished.record.add(len(tokens), (now - finished.begin) * 1e3, longest)
             self._last_forward = finished.rows, (now - finished.drafted) * 1e3
 
     def _learn_row_cost(self) -> None:
@@ -229,11 +242,16 @@ class AutoDrafter:
         records = self._records[self._match_length(sequence, path)]
         name = _choose(records)
         self.choices[name] += 1
-        drafter = self._candidates[name].drafter
+        candidate = self._candidates[name]
+        drafter = candidate.drafter
+        has_caught_up = candidate.reads and self._readers.get(sequence) is not drafter
+        self._readers.pop(sequence, None)
+        if candidate.reads:
+            self._readers[sequence] = drafter
         if self._row_cost is not None and isinstance(drafter, ConfidentDrafter):
             drafter.worth = self._row_cost.slope * records[name].rate
         draft = drafter.propose(sequence, path, budget, sampling, sample_index)
-        self._rounds[sequence] = _Round(records[name], begin, self._clock(), 1 + len(draft))
+        self._rounds[sequence] = _Round(records[name], has_caught_up, begin, self._clock(), 1 + len(draft))
         return draft
 
     def _match_length(self, sequence: int, path: Sequence[int]) -> int:
@@ -250,6 +268,7 @@ class AutoDrafter:
         for drafter in self._drafters:
             drafter.reset(sequence)
         self._rounds.pop(sequence, None)
+        self._readers.pop(sequence, None)
 
     def rates(self) -> Mapping[str, float]:
         """Tokens per second by candidate, as it stands, over texts with and without a match."""

@@ -128,6 +128,26 @@ def test_one_disturbed_round_does_not_decide():
     assert play(drafter, clock, {0: 2, 3: 3}, {0: 1, 3: 2}, rounds=10).count(3) >= 7  # but for a trial
 
 
+def test_reading_what_was_written_without_it_is_not_held_against_a_head():
+    """Short answers, each of which begins with a prompt that the head has to read in its first round."""
+    clock = Clock()
+    drafter = AutoDrafter(candidates(2.0), clock=clock)
+    drafted = []
+    for _ in range(30):
+        drafter.begin(0, 0)
+        drafted += play(drafter, clock, {0: 2, 3: 12}, {0: 1, 3: 2}, rounds=1)
+        drafted += play(drafter, clock, {0: 2, 3: 3}, {0: 1, 3: 2}, rounds=7)
+    assert drafted.count(3) >= 0.9 * len(drafted)  # the others are trials
+    assert drafter.rates()["eagle"] == pytest.approx(2 / 3 * 1e3, rel=0.01)
+
+
+def test_a_head_that_is_slow_is_found_out_though_it_reads_first():
+    clock = Clock()
+    drafter = AutoDrafter(candidates(2.0), clock=clock)
+    drafter.begin(0, 0)
+    assert play(drafter, clock, {0: 2, 3: 6}, {0: 1, 3: 2}, rounds=60)[4:].count(3) <= 6
+
+
 def test_rates_are_kept_apart_for_texts_with_and_without_a_match():
     """The head gives 4 tokens where nothing repeats and 1 where something does, the lookup there 2."""
     clock, lookup = Clock(), LookupDrafter({2: 3})
