@@ -27,9 +27,13 @@ ROW_COUNTS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 DRAFT_DEPTHS, DRAFT_WIDTHS = (1, 4), (1, 4)
 CONTEXT, REPEATS = 256, 15
 VERSION = 1
-_PROCEDURE = 3
+_PROCEDURE = 4
 """Raised with every change to how costs are measured, or to what is computed: what was measured otherwise is measured
 again."""
+_IN_A_ROW = 3
+"""Forwards that are timed one after the other."""
+_SETTLING_FORWARDS, _SETTLING_MS = 6, 20.0
+"""Before them, of the same count: so many, or what takes so long."""
 _ROUND_ROWS = 5
 """Rows of the forward before a draft that is timed."""
 _SCRATCH = 1 << 40
@@ -100,7 +104,11 @@ def measure_rows(
     token after each. Where the model's context is shorter, it continues as many as leave room for the longest chain.
 
     counts: by default the model's own `row_counts` (a GPU's forward takes the time of its row bucket), or ROW_COUNTS.
-    repeats: calls of each count, by default REPEATS.
+    repeats: timed calls of each count, by default REPEATS; rounded up to a multiple of three.
+
+    A few in a row, after others that are not timed: what a forward takes depends on those just before it. After any
+    pause in reading weights (a forward of many rows, or 8 ms of nothing) a Xeon's forwards of one row took 1.15 to 1.3
+    times as long, and needed some 15 ms to recover; yet decoding does one kind for long.
     Tokens are on the host when a forward returns, so a GPU has then done all of its work.
     """
     shape, greedy = model.shape, SamplingParams()
@@ -111,15 +119,21 @@ def measure_rows(
     model.forward(_chain(0, context, shape.vocab_size), logit_rows=[])
     model.keep(_SCRATCH, range(context))
     chains = {n: _chain(context, n, shape.vocab_size) for n in counts if context + n <= shape.context_length}
+
+    def timed(rows: list[Row]) -> float:
+        begin = time.perf_counter()
+        model.forward_tokens(rows, greedy)
+        return (time.perf_counter() - begin) * 1e3
+
     times: dict[int, list[float]] = {count: [] for count in chains}
-    for turn in range(
-        (repeats or REPEATS) + 1
-    ):  # in turns, so that a busy moment meets all counts; the first one warms up
+    for _turn in range(-(-(repeats or REPEATS) // _IN_A_ROW)):  # so that a busy moment meets all counts
         for count, rows in chains.items():
-            begin = time.perf_counter()
-            model.forward_tokens(rows, greedy)
-            if turn:
-                times[count].append((time.perf_counter() - begin) * 1e3)
+            settling = 0.0
+            for _ in range(_SETTLING_FORWARDS):
+                settling += timed(rows)
+                if settling >= _SETTLING_MS:
+                    break
+            times[count] += [timed(rows) for _ in range(_IN_A_ROW)]
     model.reset(_SCRATCH)
     return {count: round(statistics.median(found), 4) for count, found in times.items()}
 

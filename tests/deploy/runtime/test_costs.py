@@ -40,6 +40,22 @@ def test_forwards_are_timed_by_rows_and_leave_nothing_behind(tmp_path, tiny):
     assert model.cache_bytes == 0
 
 
+def test_a_forward_is_timed_as_it_is_among_its_like(tmp_path, tiny, monkeypatch):
+    """One that follows another number of rows, or follows such a one closely, takes half as long again."""
+    model = CpuBackend(tiny.model(tmp_path / "m", tiny.config(), tiny.Quantized()))
+    now, last = 0.0, []
+
+    def forward_tokens(rows, _sampling):
+        nonlocal now
+        like = [count == len(rows) for count in last[-3:]]
+        now += 1e-3 * len(rows) * (1.0 if len(like) == 3 and all(like) else 1.5)
+        last.append(len(rows))
+
+    monkeypatch.setattr(model, "forward_tokens", forward_tokens)
+    monkeypatch.setattr("deploy.runtime.costs.time.perf_counter", lambda: now)
+    assert measure_rows(model, (1, 3), context=20) == pytest.approx({1: 1.0, 3: 3.0})
+
+
 def test_a_draft_is_timed_after_a_forward_of_the_target(tmp_path, tiny, monkeypatch):
     target, drafting = (CpuBackend(tiny.model(tmp_path / name, tiny.config(), tiny.Quantized())) for name in "td")
     calls = []
