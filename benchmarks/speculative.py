@@ -1,7 +1,8 @@
 """Every way to decode, ours and llama.cpp's, on the same prompts and the same source model, prompt by prompt in turn.
 
     python -m benchmarks.speculative BUNDLE --prompts FILE.jsonl --gguf SOURCE.gguf --peer-python PYTHON
-        [--peer-drafter SMALLER.gguf] [--categories writing,coding,…] [--per-category 5] [--tokens 128] [--json OUT]
+        [--peer-drafter SMALLER.gguf] [--sweep-prompts 4] [--categories writing,coding,…] [--per-category 5]
+        [--tokens 128] [--json OUT]
 
 llama.cpp gets Q4_0, made from the same source, and speculates at its best: n-grams and, where a smaller model is given,
 a draft model (also Q4_0), each with the draft length and confidence that a sweep over some of the prompts finds
@@ -34,7 +35,6 @@ from deploy.runtime.speculation import Speculation
 
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 SWEEP_LENGTHS, SWEEP_CONFIDENCE = (1, 2, 3, 4, 6, 8), (0.0, 0.5, 0.75, 0.9)
-SWEEP_PROMPTS = 4
 
 Answer = dict[str, Any]
 Way = Callable[[list[int]], Answer]
@@ -154,8 +154,8 @@ def measure(
                 {"num_drafted": n, "p_min": p} for n in SWEEP_LENGTHS for p in SWEEP_CONFIDENCE if n > 1 or p == 0
             ]
         for name, grid in grids.items():
-            step = max(1, len(prompts) // SWEEP_PROMPTS)
-            best, tried = sweep(ask, name, prompts[::step][:SWEEP_PROMPTS], grid)
+            step = max(1, len(prompts) // arguments.sweep_prompts)
+            best, tried = sweep(ask, name, prompts[::step][: arguments.sweep_prompts], grid)
             result["sweeps"][name] = {"best": best, "tried": tried}
             label = f"llama.cpp {name.removeprefix('answer_by_')}"
             ways[label] = lambda p, name=name, best=best: ask(name, p, **best)  # type: ignore[misc]
@@ -195,6 +195,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="the bundle's source as a GGUF file; without it only we run")
     parser.add_argument("--peer-python", help="an interpreter that has llama-cpp-python")
     parser.add_argument("--peer-drafter", type=Path, help="a smaller model of the same tokenizer, as a GGUF file")
+    parser.add_argument("--sweep-prompts", type=int, default=4, help="on which llama.cpp's drafts are tuned")
     parser.add_argument("--modes", type=lambda text: text.split(","), help="ours beside plain; default: all")
     parser.add_argument("--categories", type=lambda text: text.split(","), default=list(MT_BENCH))
     parser.add_argument("--per-category", type=int, default=5)
