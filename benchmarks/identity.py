@@ -1,9 +1,11 @@
 """Whether every way to decode gives plain decoding's tokens: all modes, many prompts, several samplings.
 
-    python -m benchmarks.identity BUNDLE --prompts FILE.jsonl [--limit 208] [--tokens 256] [--modes …] [--json OUT]
+    python -m benchmarks.identity BUNDLE --prompts FILE.jsonl [--limit 208] [--tokens 256] [--modes …]
+        [--samplings "greedy,temperature 0.7,temperature 1.0"] [--json OUT]
 
 Answers are made several at a time, so that drafts of several sequences share a forward with prompts being read; plain
-answers one at a time. Stop strings are taken from the plain answers, so that they do occur.
+answers one at a time. Stop strings are taken from the plain answers, so that they do occur. OUT is written after each
+sampling; those that it has of the same bundle, prompts and tokens stay, and are not done again.
 """
 
 from __future__ import annotations
@@ -83,6 +85,16 @@ def compare(
     return result
 
 
+def done_before(path: Path | None, wanted: dict[str, Any], modes: Sequence[Mode]) -> dict[str, Any]:
+    """Samplings of an earlier run over the same bundle, prompts and tokens, of all `modes`."""
+    if path is None or not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if any(found.get(key) != value for key, value in wanted.items()):
+        return {}
+    return {name: by_mode for name, by_mode in found["samplings"].items() if set(modes) <= by_mode.keys()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
@@ -90,8 +102,11 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=208)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--modes", type=lambda text: text.split(","), help="default: all that the bundle can do")
+    parser.add_argument("--samplings", type=lambda text: text.split(","), default=list(SAMPLINGS))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if unknown := [name for name in arguments.samplings if name not in SAMPLINGS]:
+        parser.error(f"--samplings {','.join(unknown)}: only {', '.join(SAMPLINGS)}")
     bundle = Bundle.open(arguments.bundle)
     modes = [mode for mode in choose_modes(parser, arguments.modes, bundle) if mode != "plain"]
     session = Session.open(bundle)
@@ -100,14 +115,17 @@ def main() -> None:
     room = session.backend.shape.context_length - arguments.tokens
     prompts = [session.encode_chat([{"role": "user", "content": record.turns[0]}])[:room] for record in records]
     result: dict[str, Any] = {"bundle": arguments.bundle.name, "prompts": len(prompts), "tokens": arguments.tokens}
-    result["samplings"] = {}
-    for name, samplings in SAMPLINGS.items():
+    result["samplings"] = done_before(arguments.json, result, modes)
+    result["machine"] = fingerprint(session.backend.runtime)  # type: ignore[attr-defined]
+    for name in arguments.samplings:
+        if name in result["samplings"]:
+            print(f"{name}: done before", flush=True)
+            continue
         print(f"{name}:", flush=True)
-        options = [GenerationOptions(arguments.tokens, sampling) for sampling in samplings]
+        options = [GenerationOptions(arguments.tokens, sampling) for sampling in SAMPLINGS[name]]
         requests = [Request(prompt, options[index % len(options)]) for index, prompt in enumerate(prompts)]
         result["samplings"][name] = compare(session, factory, modes, requests)
-    result["machine"] = fingerprint(session.backend.runtime)  # type: ignore[attr-defined]
-    write_json(arguments.json, result)
+        write_json(arguments.json, result)
     all_found = [found for by_mode in result["samplings"].values() for found in by_mode.values()]
     if any(found["same"] != found["total"] for found in all_found):
         raise SystemExit("some answers differ from plain decoding's: a bug\n" + json.dumps(result, indent=2))
