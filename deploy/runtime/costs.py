@@ -36,7 +36,7 @@ _SETTLING_FORWARDS, _SETTLING_MS = 6, 20.0
 """Before them, of the same count: so many, or what takes so long."""
 _ROUND_ROWS = 5
 """Rows of the forward before a draft that is timed."""
-_SCRATCH = 1 << 40
+SCRATCH = 1 << 40
 """The sequence that measuring uses: nobody else's."""
 
 
@@ -115,10 +115,10 @@ def measure_rows(
     if counts is None:
         counts = getattr(model, "row_counts", ROW_COUNTS)
     context = max(1, min(context, shape.context_length - max(counts)))
-    model.reset(_SCRATCH)
-    model.forward(_chain(0, context, shape.vocab_size), logit_rows=[])
-    model.keep(_SCRATCH, range(context))
-    chains = {n: _chain(context, n, shape.vocab_size) for n in counts if context + n <= shape.context_length}
+    model.reset(SCRATCH)
+    model.forward(chain_of_rows(0, context, shape.vocab_size), logit_rows=[])
+    model.keep(SCRATCH, range(context))
+    chains = {n: chain_of_rows(context, n, shape.vocab_size) for n in counts if context + n <= shape.context_length}
 
     def timed(rows: list[Row]) -> float:
         begin = time.perf_counter()
@@ -134,7 +134,7 @@ def measure_rows(
                 if settling >= _SETTLING_MS:
                     break
             times[count] += [timed(rows) for _ in range(_IN_A_ROW)]
-    model.reset(_SCRATCH)
+    model.reset(SCRATCH)
     return {count: round(statistics.median(found), 4) for count, found in times.items()}
 
 
@@ -153,7 +153,7 @@ def measure_drafts(
     def draft(count: int, limits: TreeLimits) -> None:
         tokens = [(100 + i) % vocab_size for i in range(count)]
         states = rng.standard_normal((count, num_states)).astype(np.float32) if num_states else None
-        model.draft(_SCRATCH, tokens, states, limits, SamplingParams())
+        model.draft(SCRATCH, tokens, states, limits, SamplingParams())
 
     def timed(depth: int, width: int) -> float:
         limits = TreeLimits(depth, width, depth * width)
@@ -161,25 +161,26 @@ def measure_drafts(
         times = []
         for _ in range((repeats or REPEATS) + 1):  # the first one warms up
             target.forward_tokens(rows, SamplingParams())
-            model.truncate(_SCRATCH, context)
+            model.truncate(SCRATCH, context)
             begin = time.perf_counter()
             draft(2, limits)
             times.append((time.perf_counter() - begin) * 1e3)
         return round(statistics.median(times[1:]), 4)
 
-    rows = _chain(0, min(_ROUND_ROWS, target.shape.context_length), vocab_size)
-    target.reset(_SCRATCH)
-    model.reset(_SCRATCH)
+    rows = chain_of_rows(0, min(_ROUND_ROWS, target.shape.context_length), vocab_size)
+    target.reset(SCRATCH)
+    model.reset(SCRATCH)
     draft(context, TreeLimits(1, 1, 1))
     first = timed(1, 1)
     levels = {width: max(timed(4, width) - first, 0.0) / 3 for width in DRAFT_WIDTHS}
-    target.reset(_SCRATCH)
-    model.reset(_SCRATCH)
+    target.reset(SCRATCH)
+    model.reset(SCRATCH)
     return DraftCost(first, levels)
 
 
-def _chain(start: int, count: int, vocab_size: int) -> list[Row]:
-    return [Row((100 + i) % vocab_size, start + i, _SCRATCH, i - 1 if i else SEQUENCE_END) for i in range(count)]
+def chain_of_rows(start: int, count: int, vocab_size: int) -> list[Row]:
+    """Rows of SCRATCH that follow one another from position `start` on."""
+    return [Row((100 + i) % vocab_size, start + i, SCRATCH, i - 1 if i else SEQUENCE_END) for i in range(count)]
 
 
 def cache_path(bundle_digest: str, device: Mapping[str, Any]) -> Path:
