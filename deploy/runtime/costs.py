@@ -32,7 +32,7 @@ _PROCEDURE = 4
 again."""
 _IN_A_ROW = 3
 """Forwards that are timed one after the other."""
-_SETTLING_FORWARDS, _SETTLING_MS = 6, 20.0
+_SETTLING_FORWARDS, _SETTLING_MS = 12, 40.0
 """Before them, of the same count: so many, or what takes so long."""
 _ROUND_ROWS = 5
 """Rows of the forward before a draft that is timed."""
@@ -107,8 +107,8 @@ def measure_rows(
     repeats: timed calls of each count, by default REPEATS; rounded up to a multiple of three.
 
     A few in a row, after others that are not timed: what a forward takes depends on those just before it. After any
-    pause in reading weights (a forward of many rows, or 8 ms of nothing) a Xeon's forwards of one row took 1.15 to 1.3
-    times as long, and needed some 15 ms to recover; yet decoding does one kind for long.
+    pause in reading weights (a forward of many rows, or 8 ms of nothing) a Xeon's forwards of one row took 1.2 times as
+    long, and needed some 40 ms to recover (`python -m benchmarks.settling`); yet decoding does one kind for long.
     Tokens are on the host when a forward returns, so a GPU has then done all of its work.
     """
     shape, greedy = model.shape, SamplingParams()

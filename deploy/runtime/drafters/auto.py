@@ -8,7 +8,8 @@ longer ones are right more often. What repeats itself is easier for every drafte
 of that match too: a head's rate where there is none says little of its rate where there is one.
 
 A head or a model that drafts first reads what was written without it, the prompt above all. That is paid once for all
-the rounds that follow, so it is not held against the round in which it happens.
+the rounds that follow, so it is not held against the round in which it happens. Nor is what forwards of one row lose
+after others (`python -m benchmarks.settling`) held against going without a draft.
 
 Which tokens come out does not depend on any of this.
 """
@@ -36,8 +37,11 @@ _REMEMBERED_ROUNDS = 12.0
 _TRIAL_ROUNDS = 3
 _FIRST_WAIT, _LONGEST_WAIT = 16, 256
 """Rounds without a candidate before it is tried again, for a few rounds in a row."""
-_CERTAIN_TRIAL_ROUNDS, _CERTAIN_WAITS = 1, 4
+_CERTAIN_TRIAL_ROUNDS, _CERTAIN_WAITS = 6, 4
 """The same of one whose tokens are known, so that only its time can have changed; waits are this many times longer."""
+_READING_ROUNDS, _SETTLING_FORWARDS = 1, 3
+"""Rounds after another candidate's that may take longer than those that follow. What a model gives in them counts, as
+if they had taken the usual time at most; of one whose tokens are known they tell nothing."""
 _ROW_PRIOR = 15.0
 """What a row's time as it was measured before weighs, in squares of rows: four forwards whose rows vary by two."""
 _PATIENCE = 4
@@ -62,9 +66,11 @@ class Candidate:
     is_certain: bool = False
 
     @property
-    def reads(self) -> bool:
-        """Whether its drafter is a model, which has to read the text."""
-        return self.match_length is None and not self.is_certain
+    def settling_rounds(self) -> int:
+        """After another's: of a model that has to read the text, and of forwards without a draft."""
+        if self.match_length is not None:
+            return 0
+        return _SETTLING_FORWARDS if self.is_certain else _READING_ROUNDS
 
 
 @dataclass
@@ -143,11 +149,11 @@ class _RowCost:
 
 @dataclass
 class _Round:
-    """The round that is under way: whose record it goes into, whether its drafter read more than the last round's
-    tokens, since when, when the draft was there and how many rows it made."""
+    """The round that is under way: whose record it goes into, whether it is one of the first after another candidate's,
+    since when, when the draft was there and how many rows it made."""
 
     record: _Record
-    has_caught_up: bool
+    is_settling: bool
     begin: float
     drafted: float
     rows: int
@@ -181,7 +187,7 @@ class AutoDrafter:
         self._drafters = list({id(c.drafter): c.drafter for c in candidates}.values())
         self.taps = tuple(sorted({layer for drafter in self._drafters for layer in drafter.taps}))
         self._rounds: dict[int, _Round] = {}
-        self._readers: dict[int, Drafter] = {}  # sequence → the model that drafted its last round, if one did
+        self._in_a_row: dict[int, tuple[Drafter, int]] = {}  # sequence → who drafted last, and how often in a row
         self._row_cost = _RowCost(rows_ms) if rows_ms else None
         self._num_committed = 0  # sequences, since the last draft was begun
         self._last_forward: tuple[int, float] | None = None  # rows and milliseconds
@@ -203,7 +209,7 @@ class AutoDrafter:
                     places[index] = drafter.begin(sequence, length)
             length = min(places)
         self._rounds.pop(sequence, None)
-        self._readers.pop(sequence, None)
+        self._in_a_row.pop(sequence, None)
         for records in self._records.values():
             for record in records.values():
                 record.fade()
@@ -216,8 +222,9 @@ class AutoDrafter:
         self._num_committed += 1
         if finished is not None:
             now = self._clock()
-            longest = 1.0 if finished.has_caught_up else _LONGEST_ROUND
-            finished.record.add(len(tokens), (now - finished.begin) * 1e3, longest)
+            longest = 1.0 if finished.is_settling else _LONGEST_ROUND
+            if not (finished.is_settling and finished.record.is_certain):
+                finished.record.add(len(tokens), (now - finished.begin) * 1e3, longest)
             self._last_forward = finished.rows, (now - finished.drafted) * 1e3
 
     def _learn_row_cost(self) -> None:
@@ -244,14 +251,14 @@ class AutoDrafter:
         self.choices[name] += 1
         candidate = self._candidates[name]
         drafter = candidate.drafter
-        has_caught_up = candidate.reads and self._readers.get(sequence) is not drafter
-        self._readers.pop(sequence, None)
-        if candidate.reads:
-            self._readers[sequence] = drafter
+        before, count = self._in_a_row.get(sequence, (None, 0))
+        count = count + 1 if before is drafter else 1
+        self._in_a_row[sequence] = drafter, count
+        is_settling = count <= candidate.settling_rounds
         if self._row_cost is not None and isinstance(drafter, ConfidentDrafter):
             drafter.worth = self._row_cost.slope * records[name].rate
         draft = drafter.propose(sequence, path, budget, sampling, sample_index)
-        self._rounds[sequence] = _Round(records[name], has_caught_up, begin, self._clock(), 1 + len(draft))
+        self._rounds[sequence] = _Round(records[name], is_settling, begin, self._clock(), 1 + len(draft))
         return draft
 
     def _match_length(self, sequence: int, path: Sequence[int]) -> int:
@@ -268,7 +275,7 @@ class AutoDrafter:
         for drafter in self._drafters:
             drafter.reset(sequence)
         self._rounds.pop(sequence, None)
-        self._readers.pop(sequence, None)
+        self._in_a_row.pop(sequence, None)
 
     def rates(self) -> Mapping[str, float]:
         """Tokens per second by candidate, as it stands, over texts with and without a match."""
