@@ -5,7 +5,7 @@
 
 Answers are made several at a time, so that drafts of several sequences share a forward with prompts being read; plain
 answers one at a time. Stop strings are taken from the plain answers, so that they do occur. OUT is written after each
-sampling; those that it has of the same bundle, prompts and tokens stay, and are not done again.
+mode; what it has of the same bundle, prompts and tokens stays, and is not done again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,15 +55,14 @@ def with_stops(requests: list[Request], answers: list[Generation]) -> list[Reque
 
 def compare(
     session: Session, factory: DrafterFactory, modes: Sequence[Mode], requests: list[Request]
-) -> dict[str, Any]:
-    """Mode → answers equal to plain ones (tokens, text and reason), and tokens a forward behind the prompt's."""
+) -> Iterator[tuple[Mode, dict[str, Any]]]:
+    """Mode by mode: answers equal to plain ones (tokens, text and reason), and tokens a forward behind the prompt's."""
     session.use(factory.make("plain"))
     expected = answer(session, requests, 1)
     requests = with_stops(requests, expected)
     stopped = [index for index, request in enumerate(requests) if request.options.stop]
     for index, found in zip(stopped, answer(session, [requests[i] for i in stopped], 1), strict=True):
         expected[index] = found
-    result: dict[str, Any] = {}
     for mode in modes:
         session.use(factory.make(mode))
         begin = time.perf_counter()
@@ -74,25 +73,24 @@ def compare(
         )
         tau = counts_of([answers]).tau
         tokens = sum(len(a.token_ids) for a in answers)
-        result[mode] = {
+        print(f"    {mode:16}{same}/{len(answers)} identical, {tokens} tokens, τ {tau:.2f}", flush=True)
+        figures = {
             "same": same,
             "total": len(answers),
             "tokens": tokens,
             "tau": round(tau, 4),
             "seconds": round(time.perf_counter() - begin, 1),
         }
-        print(f"    {mode:16}{same}/{len(answers)} identical, {tokens} tokens, τ {tau:.2f}", flush=True)
-    return result
+        yield mode, figures
 
 
-def done_before(path: Path | None, wanted: dict[str, Any], modes: Sequence[Mode]) -> dict[str, Any]:
-    """Samplings of an earlier run over the same bundle, prompts and tokens, of all `modes`."""
+def done_before(path: Path | None, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Sampling → mode → what an earlier run over the same bundle, prompts and tokens found."""
     if path is None or not path.exists():
         return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if any(found.get(key) != value for key, value in wanted.items()):
-        return {}
-    return {name: by_mode for name, by_mode in found["samplings"].items() if set(modes) <= by_mode.keys()}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    is_same = all(found.get(key) == value for key, value in wanted.items())
+    return dict(found["samplings"]) if is_same else {}
 
 
 def main() -> None:
@@ -115,17 +113,19 @@ def main() -> None:
     room = session.backend.shape.context_length - arguments.tokens
     prompts = [session.encode_chat([{"role": "user", "content": record.turns[0]}])[:room] for record in records]
     result: dict[str, Any] = {"bundle": arguments.bundle.name, "prompts": len(prompts), "tokens": arguments.tokens}
-    result["samplings"] = done_before(arguments.json, result, modes)
+    result["samplings"] = done_before(arguments.json, result)
     result["machine"] = fingerprint(session.backend.runtime)  # type: ignore[attr-defined]
     for name in arguments.samplings:
-        if name in result["samplings"]:
-            print(f"{name}: done before", flush=True)
+        found = result["samplings"].setdefault(name, {})
+        missing = [mode for mode in modes if mode not in found]
+        print(f"{name}: {', '.join(missing) or 'all done before'}", flush=True)
+        if not missing:
             continue
-        print(f"{name}:", flush=True)
         options = [GenerationOptions(arguments.tokens, sampling) for sampling in SAMPLINGS[name]]
         requests = [Request(prompt, options[index % len(options)]) for index, prompt in enumerate(prompts)]
-        result["samplings"][name] = compare(session, factory, modes, requests)
-        write_json(arguments.json, result)
+        for mode, figures in compare(session, factory, missing, requests):
+            found[mode] = figures
+            write_json(arguments.json, result)
     all_found = [found for by_mode in result["samplings"].values() for found in by_mode.values()]
     if any(found["same"] != found["total"] for found in all_found):
         raise SystemExit("some answers differ from plain decoding's: a bug\n" + json.dumps(result, indent=2))

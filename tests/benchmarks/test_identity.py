@@ -1,5 +1,6 @@
 """Every mode against plain decoding: how rounds are counted, and what is refused before the work."""
 
+import json
 import sys
 from types import SimpleNamespace
 
@@ -17,8 +18,36 @@ def test_tokens_a_forward_leave_the_one_out_that_reads_the_prompt(monkeypatch):
     monkeypatch.setattr(identity, "answer", lambda _session, requests, _in_flight: [made] * len(requests))
     session, factory = SimpleNamespace(use=lambda _: None), SimpleNamespace(make=lambda _: None)
     requests = [Request([1], GenerationOptions(11))] * 4
-    found = identity.compare(session, factory, ["eagle"], requests)["eagle"]
+    found = dict(identity.compare(session, factory, ["eagle"], requests))["eagle"]
     assert (found["tau"], found["tokens"], found["same"], found["total"]) == (2.0, 44, 4, 4)
+
+
+def test_an_interrupted_run_goes_on_with_what_is_missing(monkeypatch, tmp_path, capsys):
+    bundle, prompts, out = Tiny.bundle(tmp_path / "b"), tmp_path / "prompts.jsonl", tmp_path / "out.json"
+    prompts.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    arguments = [str(bundle), "--prompts", str(prompts), "--tokens", "8", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", ["identity", *arguments])
+    monkeypatch.setattr(identity.Session, "encode_chat", lambda _self, _messages: [1, 2, 3])
+    compare = identity.compare
+
+    def until_interrupted(*arguments):
+        yield next(compare(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(identity, "compare", until_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        identity.main()
+    first = json.loads(out.read_text())["samplings"]
+    assert [list(by_mode) for by_mode in first.values()] == [["auto"]]
+    monkeypatch.setattr(identity, "compare", compare)
+    identity.main()
+    found = json.loads(out.read_text())["samplings"]
+    assert set(found) == set(identity.SAMPLINGS)
+    assert found["greedy"]["auto"] == first["greedy"]["auto"]
+    assert all(set(by_mode) == {"auto", "lookup"} for by_mode in found.values())
+    capsys.readouterr()
+    identity.main()
+    assert capsys.readouterr().out.count("all done before") == 3
 
 
 def test_a_misspelt_mode_is_refused_before_a_model_is_loaded(monkeypatch, tmp_path, capsys):
