@@ -90,7 +90,7 @@ def done_before(path: Path | None, wanted: dict[str, Any]) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     is_same = all(found.get(key) == value for key, value in wanted.items())
-    return dict(found["samplings"]) if is_same else {}
+    return dict(found.get("samplings", {})) if is_same else {}
 
 
 def main() -> None:

@@ -57,5 +57,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_used_again_without_page_faults() -> None:
-    assert faults_of_temporary_blocks("") > 20 * 100  # huge pages would make them fewer, not none
+    assert faults_of_temporary_blocks("") >= 20 * 16  # 64 MiB are 32 huge pages, or many more small ones
     assert faults_of_temporary_blocks("keep_freed_memory()") < 100
