@@ -1,11 +1,8 @@
-"""How a site is split and with how many bits: error measures and criteria, functions of tensors.
+"""How a site is split with either number of bits, and what that loses: functions of tensors.
 
 Measured is the output error of a site's worst layer (compress/row_errors.py) with weights and inputs of 4 bits and of
 8, the bias included and the weights rounded to nearest on the grid that is written; GPTQ, which comes later, is left
-out. By the criterion `ratio` (the paper's, arXiv 2402.17985) a site gets 4 bits where error_4 < γ · error_8; by the
-criterion `error` where error_4 < γ. Weights count as well as inputs. Grids of 7 and of 127 steps make nearly every
-ratio 18, and the smallest ratios belong to the sites that 8 bits serve worst, so the second criterion is there
-(docs/methods.md).
+out. Weights count as well as inputs. Which sites then get 4 bits is decided for all together (`bits`).
 
 The threshold is the paper's, β · mean, or (`search`) for 4 bits the one of a list with the least error. The paper's
 holds the largest value of every channel; a grid of 15 numbers is better spent on the many small values, as clipping
@@ -38,7 +35,6 @@ BITS = (4, 8)
 SHRINKAGE = (1.0, 0.85, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3, 0.25)
 """Of the paper's threshold, what `search` tries: steps of about 2^(-1/4)."""
 
-Criterion = Literal["ratio", "error"]
 Threshold = Literal["mean", "search"]
 Layer = tuple[Tensor, Tensor | None]
 """Weight [out, C] and bias [out] of a layer."""
@@ -48,18 +44,16 @@ Rounding = Callable[[Tensor, Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class FlattenRule:
-    """How every site is decided.
+    """How every site is split, and on what grid its weights are.
 
     beta: of the threshold. threshold: β · mean for all, or searched for 4 bits. max_expansion: C'/C that no threshold
-    may exceed, before padding. criterion, gamma: which sites get 4 bits. group_size, symmetric, observer: the weights'
-    grid; group_size: input channels per scale, None for one per output channel; observer: llmcompressor's, of ranges.
+    may exceed, before padding. group_size: input channels per scale of the weights, None for one per output channel.
+    observer: llmcompressor's, of their ranges.
     """
 
     beta: float
     threshold: Threshold
     max_expansion: float
-    criterion: Criterion
-    gamma: float
     group_size: int | None
     symmetric: bool
     observer: str
@@ -74,21 +68,25 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Flattening:
-    """What was decided for a site.
-
-    splits: bits → how channels are split with so many. errors: bits → relative error of the worst layer's output.
-    bits: for weights and inputs.
-    """
+class SiteOptions:
+    """What a site can have. splits: bits → how channels are split with so many. errors: bits → of the worst layer."""
 
     splits: Mapping[int, Split]
     errors: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Flattening:
+    """What was decided for a site. bits: for weights and inputs. gamma: by which it got them."""
+
+    options: SiteOptions
     bits: int
+    gamma: float
 
     @property
     def split(self) -> Split:
         """Of the chosen bits."""
-        return self.splits[self.bits]
+        return self.options.splits[self.bits]
 
     @property
     def scale(self) -> float:
@@ -101,25 +99,28 @@ def largest_code(bits: int) -> int:
     return int((1 << (bits - 1)) - 1)
 
 
-def decide(
+def site_options(
     channel_max: Tensor, x: Tensor, layers: Sequence[Layer], rule: FlattenRule, round_weights: Rounding
-) -> Flattening:
-    """The flattening of one site.
+) -> SiteOptions:
+    """One site with 4 bits and with 8.
 
     channel_max: [C], max |x_j| over the calibration set; x: [rows, C], some of the set's inputs; layers: those that
     read them.
     """
+    outputs = [linear(x, weight, bias) for weight, bias in layers]
+    biases = [bias for _, bias in layers]
     whole = mean_split(channel_max, rule)
     splits, errors = {}, {}
     for bits in BITS:
         split, rounded = whole, rounded_columns(x, layers, whole, bits, round_weights)
         if bits == 4 and rule.threshold == "search":
             originals = [weight[:, copy_numbers(whole.index) == 0] for weight in rounded]
-            split = best_split(x, layers, [whole, *shrunk_splits(channel_max, rule)], bits, originals)
+            split = best_split(x, outputs, [whole, *shrunk_splits(channel_max, rule)], bits, originals, biases)
             if split is not whole:
                 rounded = rounded_columns(x, layers, split, bits, round_weights)
-        splits[bits], errors[bits] = split, worst_error(x, layers, split, bits, rounded)
-    return Flattening(splits, errors, choose_bits(errors, rule.criterion, rule.gamma))
+        splits[bits] = split
+        errors[bits] = worst_error(outputs, quantized_copies(x, split, bits), rounded, biases)
+    return SiteOptions(splits, errors)
 
 
 def mean_split(channel_max: Tensor, rule: FlattenRule) -> Split:
@@ -146,16 +147,22 @@ def _padded(channel_max: Tensor, counts: Tensor, threshold: float, rule: Flatten
 
 
 def best_split(
-    x: Tensor, layers: Sequence[Layer], splits: Sequence[Split], bits: int, originals: Sequence[Tensor]
+    x: Tensor,
+    outputs: Sequence[Tensor],
+    splits: Sequence[Split],
+    bits: int,
+    originals: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
 ) -> Split:
     """The one of `splits` with the least error of the worst layer.
 
     originals: each layer's rounded weight [out, C], of which every split repeats columns. Rounding it anew for each
-    would be most of the work, and repeated columns hardly move a range. x: [rows, C].
+    would be most of the work, and repeated columns hardly move a range. x: [rows, C]; outputs: each layer's.
     """
 
     def error(split: Split) -> float:
-        return worst_error(x, layers, split, bits, [weight[:, split.index] for weight in originals])
+        held = torch.zeros_like(x).index_add_(1, split.index, quantized_copies(x, split, bits))
+        return worst_error(outputs, held, originals, biases)  # columns repeated, or their inputs added up: one product
 
     return min(splits, key=error)
 
@@ -168,12 +175,13 @@ def rounded_columns(
     return [round_weights(weight[:, split.index].contiguous(), copies, bits) for weight, _ in layers]
 
 
-def worst_error(x: Tensor, layers: Sequence[Layer], split: Split, bits: int, rounded: Sequence[Tensor]) -> float:
-    """Relative error of the worst layer's x̂'·Ŵ'ᵀ + b against x·Wᵀ + b. x: [rows, C]; rounded: Ŵ' of each layer."""
-    copies = quantized_copies(x, split, bits)
+def worst_error(
+    outputs: Sequence[Tensor], inputs: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> float:
+    """Relative error of the worst layer's x̂·Ŵᵀ + b against `outputs`, each [rows, out]. inputs: x̂; weights: each Ŵ."""
     return max(
-        relative_error(linear(x, weight, bias), linear(copies, columns, bias))
-        for (weight, bias), columns in zip(layers, rounded, strict=True)
+        relative_error(output, linear(inputs, weight, bias))
+        for output, weight, bias in zip(outputs, weights, biases, strict=True)
     )
 
 
@@ -181,9 +189,3 @@ def quantized_copies(x: Tensor, split: Split, bits: int) -> Tensor:
     """x̂' [rows, C'] of x [rows, C]: the copies' codes times their scale."""
     scale = split.threshold / largest_code(bits)
     return flatten_codes(torch.round(x / scale), split.index, largest_code(bits)) * scale
-
-
-def choose_bits(errors: Mapping[int, float], criterion: Criterion, gamma: float) -> int:
-    """4 or 8. errors: bits → relative error of the site's worst layer."""
-    limit = gamma * errors[8] if criterion == "ratio" else gamma
-    return 4 if errors[4] < limit else 8

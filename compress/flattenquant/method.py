@@ -5,10 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from transformers import PreTrainedModel
-
+from compress.flattenquant.bits import BitsRule
 from compress.flattenquant.choice import BITS, FlattenRule
 from compress.flattenquant.modifier import FlattenedGPTQ, FlattenLinear, FlattenQuantModifier
 from compress.grids import QuantizedLayers, WeightGrid
@@ -37,6 +34,7 @@ def flattenquant(
     model_dir: Path,
     samples: Sequence[Sequence[int]],
     rule: FlattenRule,
+    bits: BitsRule,
     solver: SolverRule,
     *,
     alpha: float | None,
@@ -48,8 +46,14 @@ def flattenquant(
     on_layers: called with the number of layers just done. Raises SettingError when a Hessian is singular and
     solver.on_singular is "error".
     """
-    model, norms = _flattened_model(model_dir, samples, rule, alpha)
-    flattened = _flattened_layers(model)
+    model = load_model(model_dir)
+    norms = {}
+    if alpha is not None:
+        smooth(model, samples, alpha)
+        norms = norm_weights(model)
+    watching = FlattenQuantModifier(**asdict(rule), **asdict(bits), num_samples=len(samples))
+    run_recipe(model, watching, samples, only_watches=True)
+    flattened = {name: module for name, module in model.named_modules() if isinstance(module, FlattenLinear)}
     recipe = FlattenedGPTQ(
         config_groups=_groups(flattened, rule),
         ignore=["lm_head"],
@@ -63,36 +67,12 @@ def flattenquant(
         counted_fallbacks(fallen_back, solver.on_singular),
         inputs={name: module.expand.inputs for name, module in flattened.items()},
         norms=norms,
-        notes={"alpha": alpha, "choice": {name: _choice(module) for name, module in flattened.items()}},
+        notes={
+            "alpha": alpha,
+            "gamma": next(iter(flattened.values())).flattening.gamma,
+            "choice": {name: _choice(module) for name, module in flattened.items()},
+        },
     )
-
-
-def choices(
-    model_dir: Path, samples: Sequence[Sequence[int]], rule: FlattenRule, *, alpha: float | None
-) -> dict[str, dict[str, float | None]]:
-    """Layer name → what `flattenquant` would decide of it and why, without quantizing anything.
-
-    Of rule.gamma only "bits" depends.
-    """
-    model, _ = _flattened_model(model_dir, samples, rule, alpha)
-    return {name: _choice(module) for name, module in _flattened_layers(model).items()}
-
-
-def _flattened_model(
-    model_dir: Path, samples: Sequence[Sequence[int]], rule: FlattenRule, alpha: float | None
-) -> tuple[PreTrainedModel, dict[str, npt.NDArray[np.float32]]]:
-    """A model with FlattenLinear for its linear layers, weights not rounded, and the norms that smoothing changed."""
-    model = load_model(model_dir)
-    norms = {}
-    if alpha is not None:
-        smooth(model, samples, alpha)
-        norms = norm_weights(model)
-    run_recipe(model, FlattenQuantModifier(**asdict(rule), num_samples=len(samples)), samples, only_watches=True)
-    return model, norms
-
-
-def _flattened_layers(model: PreTrainedModel) -> dict[str, FlattenLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, FlattenLinear)}
 
 
 def _groups(flattened: dict[str, FlattenLinear], rule: FlattenRule) -> dict[str, Any]:
@@ -111,12 +91,12 @@ def _choice(module: FlattenLinear) -> dict[str, float | None]:
 
     correction_dampening: of its weights' correction; None without one.
     """
-    found = module.flattening
+    found, options = module.flattening, module.flattening.options
     told: dict[str, float | None] = {"bits": found.bits, "correction_dampening": module.correction_dampening}
-    for bits, split in found.splits.items():
+    for bits, split in options.splits.items():
         told |= {
             f"threshold_{bits}": split.threshold,
             f"columns_{bits}": len(split.index),
-            f"error_{bits}": found.errors[bits],
+            f"error_{bits}": options.errors[bits],
         }
     return told

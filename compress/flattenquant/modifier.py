@@ -15,7 +15,8 @@ from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
-from compress.flattenquant.choice import Criterion, Flattening, FlattenRule, Threshold, decide
+from compress.flattenquant.bits import BitsRule, Cost, Criterion, criterion_value
+from compress.flattenquant.choice import Flattening, FlattenRule, SiteOptions, Threshold, site_options
 from compress.flattenquant.correction import MULTIPLES, Products, best_dampening, weight_change
 from compress.flattenquant.flatten import copy_numbers
 from compress.grids import WeightGrid
@@ -67,22 +68,26 @@ class _Inputs:
 
 
 class FlattenQuantModifier(Modifier):
-    """Flattens every linear layer but the head. Fields as of FlattenRule; num_samples: of the calibration."""
+    """Flattens every linear layer but the head.
+
+    Fields as of FlattenRule and BitsRule; num_samples: of the calibration.
+    """
 
     requires_calibration_data: bool = True
     beta: float
     threshold: Threshold
     max_expansion: float
-    criterion: Criterion
-    gamma: float
     group_size: int | None
     symmetric: bool
     observer: str
+    criterion: Criterion
+    gamma: float | None
+    int4_share: float | None
     num_samples: int
 
     _sites: list[tuple[str, ...]] = PrivateAttr(default_factory=list)
     _inputs: dict[str, _Inputs] = PrivateAttr(default_factory=dict)
-    _decided: dict[str, Flattening] = PrivateAttr(default_factory=dict)
+    _options: dict[str, SiteOptions] = PrivateAttr(default_factory=dict)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         names = [
@@ -97,7 +102,7 @@ class FlattenQuantModifier(Modifier):
             self.register_hook(state.model.get_submodule(first), self._watch(first), "forward")
 
     def on_sequential_epoch_end(self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any) -> None:
-        """Decides the sites that the samples have passed, so that their rows need not be kept."""
+        """Measures the sites that the samples have passed, so that their rows need not be kept."""
         rule = FlattenRule(**{field.name: getattr(self, field.name) for field in fields(FlattenRule)})
         for first, *others in self._sites:
             seen = self._inputs.get(first)
@@ -105,15 +110,24 @@ class FlattenQuantModifier(Modifier):
                 continue
             linears: list[Any] = [state.model.get_submodule(name) for name in (first, *others)]
             layers = [(linear.weight.data, None if linear.bias is None else linear.bias.data) for linear in linears]
-            self._decided[first] = decide(seen.channel_max, torch.cat(seen.rows), layers, rule, self._round)
+            self._options[first] = site_options(seen.channel_max, torch.cat(seen.rows), layers, rule, self._round)
             del self._inputs[first]
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         self.remove_hooks()
-        for site in self._sites:
+        costs = {site: self._cost(site, state.model) for site in self._sites}
+        gamma = BitsRule(self.criterion, self.gamma, self.int4_share).threshold(list(costs.values()))
+        for site, cost in costs.items():
+            flattening = Flattening(self._options[site[0]], 4 if cost.value < gamma else 8, gamma)
             for name in site:
                 linear: Any = state.model.get_submodule(name)
-                state.model.set_submodule(name, FlattenLinear(linear, self._decided[site[0]]))
+                state.model.set_submodule(name, FlattenLinear(linear, flattening))
+
+    def _cost(self, site: tuple[str, ...], model: nn.Module) -> Cost:
+        options = self._options[site[0]]
+        num_out = sum(model.get_submodule(name).get_parameter("weight").shape[0] for name in site)
+        int4, int8 = (num_out * len(options.splits[bits].index) for bits in (4, 8))
+        return Cost(criterion_value(options.errors, self.criterion), int4, int8)
 
     def _round(self, weight: Tensor, inputs: Tensor, bits: int) -> Tensor:
         return rounded(weight, inputs, WeightGrid(bits, self.group_size, self.symmetric), self.observer)

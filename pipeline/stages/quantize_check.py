@@ -94,5 +94,16 @@ def _check_method(config: dict[str, Any], key: str) -> None:
             raise ValueError(f"{key}.beta={config['beta']} must be above 0; the default is 1.3")
         if config["max_expansion"] < 1:
             raise ValueError(f"{key}.max_expansion={config['max_expansion']} must be 1 (nothing is split) or more")
-        if config["gamma"] < 0:
-            raise ValueError(f"{key}.gamma={config['gamma']} must be 0 (8 bits everywhere) or more")
+        _check_share(config["int4_share"], config["gamma"], key)
+
+
+def _check_share(int4_share: float | None, gamma: float | None, key: str) -> None:
+    if (int4_share is None) == (gamma is None):
+        raise ValueError(
+            f"{key}.int4_share={int4_share} and {key}.gamma={gamma}: either decides which layers get 4 bits;"
+            f" give one of them and null for the other, e.g. {key}.gamma=0.2 {key}.int4_share=null"
+        )
+    if int4_share is not None and not 0 <= int4_share <= 1:
+        raise ValueError(f"{key}.int4_share={int4_share} must be from 0 (8 bits everywhere) to 1 (4 bits everywhere)")
+    if gamma is not None and gamma < 0:
+        raise ValueError(f"{key}.gamma={gamma} must be 0 (8 bits everywhere) or more")

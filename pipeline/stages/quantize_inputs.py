@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compress.grids import QuantizedLayers, WeightGrid
 from compress.target.sources import Source
 from pipeline.graph import BuildContext
 from pipeline.stages.calibrate import SAMPLES
-
-if TYPE_CHECKING:
-    from compress.flattenquant.choice import FlattenRule
 
 OBSERVERS = {"minmax": "memoryless_minmax", "mse": "memoryless_mse", "imatrix_mse": "imatrix_mse"}
 CHOICE_SAMPLES = 8
@@ -22,14 +19,10 @@ MEASURED_SAMPLES = 12
 
 def calibration_ids(context: BuildContext, at_most: int | None = None) -> list[list[int]]:
     """Token ids of the samples that the configuration asks for; at_most: the first so many, the groups in turn."""
-    return _ids(context.config, context.inputs["calibrate"], at_most)
-
-
-def _ids(config: dict[str, Any], calibrate: Path, at_most: int | None = None) -> list[list[int]]:
     from compress.calibration.samples import read_samples, spread
 
-    samples = read_samples(calibrate / SAMPLES, "calibration", config["calibration"])
-    samples = spread(samples, config["num_samples"])
+    samples = read_samples(context.inputs["calibrate"] / SAMPLES, "calibration", context.config["calibration"])
+    samples = spread(samples, context.config["num_samples"])
     if at_most is not None:
         samples = spread(samples, min(at_most, len(samples)))
     return [list(sample.ids) for sample in samples]
@@ -61,38 +54,24 @@ def smoothquant(context: BuildContext, target: Path, source: Source) -> Quantize
 
 def flattenquant(context: BuildContext, target: Path, source: Source) -> QuantizedLayers:
     """FlattenQuant with GPTQ on the flattened weights."""
+    from compress.flattenquant.bits import BitsRule
+    from compress.flattenquant.choice import FlattenRule
     from compress.flattenquant.method import SolverRule
     from compress.flattenquant.method import flattenquant as method
 
-    config, samples = context.config, calibration_ids(context)
-    rule = _flatten_rule(config)
+    config, samples, weights = context.config, calibration_ids(context), context.config["weights"]
+    rule = FlattenRule(
+        group_size=weights["group_size"],
+        symmetric=weights["symmetric"],
+        observer=OBSERVERS[weights["observer"]],
+        **{key: config[key] for key in ("beta", "threshold", "max_expansion")},
+    )
+    bits = BitsRule(**{key: config[key] for key in ("criterion", "gamma", "int4_share")})
     solver = SolverRule(
         **{key: config[key] for key in ("dampening", "activation_order", "on_singular", "correct_inputs")}
     )
     with context.progress(num_layers(target), f"FlattenQuant on {len(samples)} samples", "layers") as bar:
-        return method(target, samples, rule, solver, alpha=config["alpha"], on_layers=bar.update)
-
-
-def flattenquant_choices(config: dict[str, Any], target: Path, calibrate: Path) -> dict[str, dict[str, float | None]]:
-    """Layer name → what FlattenQuant would decide of it (its `choice` in stats.json), without quantizing anything.
-
-    config: of the method. target: the model directory; calibrate: the artifact.
-    """
-    from compress.flattenquant.method import choices
-
-    return choices(target, _ids(config, calibrate), _flatten_rule(config), alpha=config["alpha"])
-
-
-def _flatten_rule(config: dict[str, Any]) -> FlattenRule:
-    from compress.flattenquant.choice import FlattenRule
-
-    weights = config["weights"]
-    return FlattenRule(
-        group_size=weights["group_size"],
-        symmetric=weights["symmetric"],
-        observer=OBSERVERS[weights["observer"]],
-        **{key: config[key] for key in ("beta", "threshold", "max_expansion", "criterion", "gamma")},
-    )
+        return method(target, samples, rule, bits, solver, alpha=config["alpha"], on_layers=bar.update)
 
 
 def describe_layers(
@@ -119,7 +98,7 @@ def describe_layers(
         weight, inputs = result.layers[name], result.inputs[name]
         form = {"bits": weight.bits, "input_bits": inputs.grid.bits, "columns": weight.shape[1]}
         layers[name] = {**form, **error.as_dict(), **result.notes.get("choice", {}).get(name, {})}
-    return {**_figures(result), **_saturation(layers), **_alpha(result)}, layers
+    return {**_figures(result), **_saturation(layers), **_chosen(result)}, layers
 
 
 def _figures(result: QuantizedLayers) -> dict[str, float]:
@@ -139,8 +118,8 @@ def _saturation(layers: dict[str, dict[str, Any]]) -> dict[str, float]:
     return {"saturation": sum(rates) / len(rates), "saturation_worst": max(rates)} if rates else {}
 
 
-def _alpha(result: QuantizedLayers) -> dict[str, Any]:
-    return {key: result.notes[key] for key in ("alpha", "alpha_kl") if result.notes.get(key) is not None}
+def _chosen(result: QuantizedLayers) -> dict[str, Any]:
+    return {key: result.notes[key] for key in ("alpha", "alpha_kl", "gamma") if result.notes.get(key) is not None}
 
 
 def num_layers(target: Path) -> int:

@@ -149,9 +149,10 @@ class FlattenQuantConfig:
     """`conf/quantize/flattenquant.yaml`. alpha: strength of a smoothing before; null leaves it out.
 
     beta: threshold over the mean of ordinary channels' maxima. threshold: whether 4 bits keep to that. max_expansion:
-    columns over channels, before padding. criterion, gamma: which layers get 4 bits. correct_inputs: before GPTQ, 4-bit
-    layers' weights make up for what rounding takes from their inputs (GPTAQ's asymmetric calibration). Other keys as of
-    SmoothQuant.
+    columns over channels, before padding. criterion: by which layers get 4 bits, those with the least of it first:
+    until int4_share of the linear layers' multiplications are in 4 bits, or those below gamma; the other is null.
+    correct_inputs: before GPTQ, 4-bit layers' weights make up for what rounding takes from their inputs (GPTAQ's
+    asymmetric calibration). Other keys as of SmoothQuant.
     """
 
     method: str = "flattenquant"
@@ -160,7 +161,8 @@ class FlattenQuantConfig:
     threshold: Threshold = MISSING
     max_expansion: float = MISSING
     criterion: Criterion = MISSING
-    gamma: float = MISSING
+    int4_share: float | None = None
+    gamma: float | None = None
     weights: FlattenedWeightsConfig = field(default_factory=FlattenedWeightsConfig)
     correct_inputs: bool = MISSING
     dampening: float = MISSING

@@ -306,7 +306,7 @@ def test_every_architecture_goes_all_the_way(
 
 W4A8 = ("quantize=smoothquant", "quantize.weights.bits=4", "quantize.weights.group_size=32", "quantize.alpha=[0.5]")
 STATIC = ("quantize=smoothquant", "quantize.activations.scope=tensor", "quantize.solver=rtn")
-SPLIT = ("quantize=flattenquant", "quantize.gamma=0.2", "quantize.twin=true")
+SPLIT = ("quantize=flattenquant", "quantize.int4_share=0.5", "quantize.twin=true")
 
 
 @pytest.mark.parametrize(

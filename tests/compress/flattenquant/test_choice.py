@@ -1,4 +1,4 @@
-"""Deciding a site: errors on layers with outliers, the search for a threshold, and the criteria."""
+"""What a site can have: errors on layers with outliers, and the search for a threshold."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from compress.flattenquant.choice import (
     SHRINKAGE,
+    Flattening,
     FlattenRule,
     Split,
-    choose_bits,
-    decide,
     mean_split,
     quantized_copies,
     rounded_columns,
     shrunk_splits,
+    site_options,
     worst_error,
 )
 from compress.flattenquant.flatten import counts_of, flatten_codes, flatten_threshold
@@ -41,8 +41,6 @@ def rule(**changes: object) -> FlattenRule:
         "beta": 1.3,
         "threshold": "mean",
         "max_expansion": 1.5,
-        "criterion": "error",
-        "gamma": 0.3,
         "group_size": None,
         "symmetric": True,
         "observer": "unused",
@@ -63,8 +61,8 @@ def as_they_are(W: Tensor, _inputs: Tensor, _bits: int) -> Tensor:
 
 def inputs_error(x: Tensor, W: Tensor, split: Split) -> float:
     """Of the output, when only inputs have 4 bits."""
-    layers = [(W, None)]
-    return worst_error(x, layers, split, 4, rounded_columns(x, layers, split, 4, as_they_are))
+    rounded = rounded_columns(x, [(W, None)], split, 4, as_they_are)
+    return worst_error([x @ W.T], quantized_copies(x, split, 4), rounded, [None])
 
 
 def brute_force_error(x: Tensor, W: Tensor, bias: Tensor | None, split: Split, bits: int) -> float:
@@ -86,12 +84,12 @@ def brute_force_error(x: Tensor, W: Tensor, bias: Tensor | None, split: Split, b
 @pytest.mark.parametrize("seed", range(3))
 def test_the_error_of_4_bit_inputs_is_at_least_halved_where_there_are_outliers(seed: int) -> None:
     x, W = site(seed)
-    found = decide(x.abs().amax(0), x, [(W, None)], rule(), nearest)
+    found = site_options(x.abs().amax(0), x, [(W, None)], rule(), nearest)
     plain = Split(torch.arange(C), float(x.abs().max()))
-    ours, theirs = (inputs_error(x, W, each) for each in (found.split, plain))
+    ours, theirs = (inputs_error(x, W, each) for each in (found.splits[4], plain))
     assert theirs > 0.2
     assert ours < theirs / 2
-    assert len(found.split.index) <= 1.5 * C + 32
+    assert len(found.splits[4].index) <= 1.5 * C + 32
 
 
 @pytest.mark.parametrize("threshold", ["mean", "search"])
@@ -99,7 +97,7 @@ def test_the_error_of_4_bit_inputs_is_at_least_halved_where_there_are_outliers(s
 def test_errors_are_those_of_the_rounded_layer_with_its_bias(threshold: str, has_bias: bool) -> None:
     x, W = site()
     bias = 3 * torch.randn(OUT, generator=torch.Generator().manual_seed(9)) if has_bias else None
-    found = decide(x.abs().amax(0), x, [(W, bias)], rule(threshold=threshold), nearest)
+    found = site_options(x.abs().amax(0), x, [(W, bias)], rule(threshold=threshold), nearest)
     for bits in (4, 8):
         expected = brute_force_error(x, W, bias, found.splits[bits], bits)
         assert found.errors[bits] == pytest.approx(expected, rel=1e-3)
@@ -112,7 +110,7 @@ def test_the_worst_of_the_layers_that_read_a_site_decides() -> None:
     coarse[:, 0] *= 100  # with 4 bits a scale per output channel leaves nothing of the others
 
     def error(*weights: Tensor) -> float:
-        return decide(x.abs().amax(0), x, [(each, None) for each in weights], rule(), nearest).errors[4]
+        return site_options(x.abs().amax(0), x, [(each, None) for each in weights], rule(), nearest).errors[4]
 
     assert error(W) < error(coarse) / 2
     for weights in ([W, coarse], [coarse, W], [W, 0.001 * coarse]):
@@ -127,43 +125,33 @@ def test_weights_are_rounded_by_the_models_rule_on_the_copies_that_they_will_rea
         seen.append((columns.shape[1], inputs, bits))
         return nearest(columns, inputs, bits)
 
-    found = decide(x.abs().amax(0), x, [(W, None)], rule(), watched)
-    assert [(width, bits) for width, _, bits in seen] == [(len(found.splits[4].index), 4), (len(found.split.index), 8)]
+    found = site_options(x.abs().amax(0), x, [(W, None)], rule(), watched)
+    assert [(width, bits) for width, _, bits in seen] == [(len(found.splits[bits].index), bits) for bits in (4, 8)]
     for _, inputs, bits in seen:
         assert torch.equal(inputs, quantized_copies(x, found.splits[bits], bits))
-    exact = decide(x.abs().amax(0), x, [(W, None)], rule(), as_they_are)
+    exact = site_options(x.abs().amax(0), x, [(W, None)], rule(), as_they_are)
     assert exact.errors[4] < found.errors[4]
 
 
-@pytest.mark.parametrize(
-    ("criterion", "gamma", "bits"), [("error", 0.21, 4), ("error", 0.2, 8), ("ratio", 10.1, 4), ("ratio", 10.0, 8)]
-)
-def test_a_site_gets_4_bits_below_gamma(criterion: str, gamma: float, bits: int) -> None:
-    assert choose_bits({4: 0.2, 8: 0.02}, criterion, gamma) == bits  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("threshold", ["mean", "search"])
-def test_the_scale_is_the_threshold_over_the_largest_code_of_the_chosen_bits(threshold: str) -> None:
+def test_the_scale_is_the_threshold_over_the_largest_code_of_the_chosen_bits() -> None:
     x, W = site()
-    four, eight = (
-        decide(x.abs().amax(0), x, [(W, None)], rule(gamma=gamma, threshold=threshold), nearest) for gamma in (1.0, 0.0)
-    )
-    assert (four.bits, eight.bits) == (4, 8)
-    assert four.scale == four.splits[4].threshold / 7
-    assert eight.scale == eight.splits[8].threshold / 127
-    for bits in (4, 8):
-        assert torch.equal(four.splits[bits].index, eight.splits[bits].index)
+    options = site_options(x.abs().amax(0), x, [(W, None)], rule(threshold="search"), nearest)
+    assert options.splits[4].threshold < options.splits[8].threshold
+    four, eight = (Flattening(options, bits, 0.2) for bits in (4, 8))
+    assert four.scale == options.splits[4].threshold / 7
+    assert eight.scale == options.splits[8].threshold / 127
+    assert four.split is options.splits[4]
 
 
 def test_by_the_papers_rule_both_widths_split_alike_and_nothing_is_cut_off() -> None:
     x, W = site()
     m = x.abs().amax(0)
-    found = decide(m, x, [(W, None)], rule(), nearest)
-    expected = torch.ceil(m.double() / found.split.threshold).clamp(min=1)
+    found = site_options(m, x, [(W, None)], rule(), nearest)
+    expected = torch.ceil(m.double() / found.splits[4].threshold).clamp(min=1)
     assert torch.equal(found.splits[4].index, found.splits[8].index)
     assert found.splits[4].threshold == found.splits[8].threshold == flatten_threshold(m, 1.3)
-    assert int((counts_of(found.split.index) - expected).min()) >= 0
-    assert len(found.split.index) - int(expected.sum()) < 32
+    assert int((counts_of(found.splits[4].index) - expected).min()) >= 0
+    assert len(found.splits[4].index) - int(expected.sum()) < 32
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "laplacian"])
@@ -174,7 +162,7 @@ def test_the_search_takes_the_threshold_with_the_least_error_of_the_worst_layer(
     x, W = site(1, kind=kind)
     m, x, layers = x.abs().amax(0), x[:150], [(W, None), (W.roll(1, 1), None)]
     how = rule(threshold="search", max_expansion=max_expansion)
-    found = decide(m, x, layers, how, nearest)
+    found = site_options(m, x, layers, how, nearest)
     candidates = [mean_split(m, how), *shrunk_splits(m, how)]
     errors = [max(brute_force_error(x, W, None, each, 4) for W, _ in layers) for each in candidates]
     assert found.errors[4] == pytest.approx(min(errors), rel=1e-3)
@@ -187,7 +175,7 @@ def test_a_searched_threshold_rounds_inputs_better_than_the_papers(kind: str) ->
     x, W = site(2, kind=kind)
     errors = {}
     for threshold in ("mean", "search"):
-        found = decide(x.abs().amax(0), x, [(W, None)], rule(threshold=threshold), nearest)
+        found = site_options(x.abs().amax(0), x, [(W, None)], rule(threshold=threshold), nearest)
         errors[threshold] = inputs_error(x, W, found.splits[4])
     assert errors["search"] < 0.75 * errors["mean"]
 
@@ -214,7 +202,7 @@ def test_candidates_never_cut_outliers_off_and_keep_the_cap(max_expansion: float
 def test_without_a_candidate_under_the_cap_the_papers_rule_stays() -> None:
     x, W = site()
     found, papers = (
-        decide(x.abs().amax(0), x, [(W, None)], rule(threshold=threshold, max_expansion=1.0), nearest)
+        site_options(x.abs().amax(0), x, [(W, None)], rule(threshold=threshold, max_expansion=1.0), nearest)
         for threshold in ("search", "mean")
     )
     assert found.splits[4].threshold == papers.splits[4].threshold
@@ -225,14 +213,14 @@ def test_without_a_candidate_under_the_cap_the_papers_rule_stays() -> None:
 @pytest.mark.parametrize("group_size", [None, 32, 64, 128])
 def test_columns_fill_whole_groups(group_size: int | None, threshold: str) -> None:
     x, W = site()
-    found = decide(x.abs().amax(0), x, [(W, None)], rule(group_size=group_size, threshold=threshold), nearest)
+    found = site_options(x.abs().amax(0), x, [(W, None)], rule(group_size=group_size, threshold=threshold), nearest)
     for split in found.splits.values():
         assert len(split.index) % (group_size or 32) == 0
 
 
 def test_copies_are_codes_times_their_scale() -> None:
     x, W = site()
-    split = decide(x.abs().amax(0), x, [(W, None)], rule(), nearest).split
+    split = site_options(x.abs().amax(0), x, [(W, None)], rule(), nearest).splits[4]
     scale = split.threshold / 7
     assert torch.equal(quantized_copies(x, split, 4), flatten_codes(torch.round(x / scale), split.index, 7) * scale)
     held = torch.zeros_like(x).index_add_(1, split.index, quantized_copies(x, split, 4))

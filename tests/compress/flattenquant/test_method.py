@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from compress.errors import SettingError
+from compress.flattenquant.bits import BitsRule, Criterion
 from compress.flattenquant.choice import FlattenRule
-from compress.flattenquant.method import SolverRule, choices, flattenquant
+from compress.flattenquant.method import SolverRule, flattenquant
 from compress.flattenquant.modifier import FlattenLinear, FlattenQuantModifier
 from compress.grids import QuantizedLayers
 from compress.layer_errors import measure_layers, smooth_as
@@ -25,26 +26,26 @@ from compress.sites import input_sites
 from compress.write import write_quantized
 from deploy.formats.model_dir import ModelDirectory
 
-ALL_4, ALL_8 = 10.0, 0.0
+ALL_4, ALL_8 = BitsRule("error", None, 1.0), BitsRule("error", 0.0, None)
 
 
-def rule(gamma: float, **changes: Any) -> FlattenRule:
+def rule(**changes: Any) -> FlattenRule:
     fields: dict[str, Any] = {
         "beta": 1.3,
         "threshold": "mean",
         "max_expansion": 1.6,
-        "criterion": "error",
         "group_size": None,
         "symmetric": True,
         "observer": "memoryless_mse",
     }
-    return FlattenRule(gamma=gamma, **(fields | changes))
+    return FlattenRule(**(fields | changes))
 
 
 def quantized(
     directory: Path,
     samples: list[list[int]],
-    how: FlattenRule,
+    bits: BitsRule,
+    how: FlattenRule | None = None,
     alpha: float | None = None,
     *,
     correct_inputs: bool = False,
@@ -52,7 +53,7 @@ def quantized(
 ) -> QuantizedLayers:
     fields = {"dampening": 0.01, "activation_order": True, "on_singular": "error"}
     solver = SolverRule(correct_inputs=correct_inputs, **(fields | changes))
-    return flattenquant(directory, samples, how, solver, alpha=alpha, on_layers=lambda num_layers: None)
+    return flattenquant(directory, samples, how or rule(), bits, solver, alpha=alpha, on_layers=lambda num_layers: None)
 
 
 def divergence(directory: Path, layers: QuantizedLayers, samples: list[list[int]], out: Path) -> float:
@@ -83,8 +84,8 @@ class How:
     correct_inputs: bool
 
     def quantized(self, directory: Path, samples: list[list[int]], **changes: Any) -> QuantizedLayers:
-        how = rule(ALL_4, threshold=self.threshold, **changes)
-        return quantized(directory, samples, how, correct_inputs=self.correct_inputs)
+        how = rule(threshold=self.threshold, **changes)
+        return quantized(directory, samples, ALL_4, how, correct_inputs=self.correct_inputs)
 
 
 @pytest.fixture(scope="module", params=[How("mean", False), How("search", True)], ids=lambda how: how.threshold)
@@ -112,7 +113,7 @@ def unseen() -> list[list[int]]:
 def test_4_bit_inputs_break_a_model_with_outliers_but_not_a_flattened_one(
     directory: Path, samples: list[list[int]], found: QuantizedLayers, tmp_path: Path
 ) -> None:
-    plain = quantized(directory, samples, rule(ALL_4, max_expansion=1.0))
+    plain = quantized(directory, samples, ALL_4, rule(max_expansion=1.0))
     for name, inputs in plain.inputs.items():
         assert inputs.flatten is not None and len(inputs.flatten) <= {"down_proj": 160}.get(name.split(".")[-1], 96)
     assert divergence(directory, found, samples, tmp_path / "ours") < 0.5 * divergence(
@@ -124,11 +125,11 @@ def test_4_bit_inputs_break_a_model_with_outliers_but_not_a_flattened_one(
 def test_what_the_paper_has_not_lowers_errors_on_unseen_text(
     directory: Path, many: list[list[int]], unseen: list[list[int]], change: str
 ) -> None:
-    papers = quantized(directory, many, rule(ALL_4))
+    papers = quantized(directory, many, ALL_4)
     if change == "threshold":
-        ours = quantized(directory, many, rule(ALL_4, threshold="search"))
+        ours = quantized(directory, many, ALL_4, rule(threshold="search"))
     else:
-        ours = quantized(directory, many, rule(ALL_4), correct_inputs=True)
+        ours = quantized(directory, many, ALL_4, correct_inputs=True)
         told = {choice["correction_dampening"] for choice in ours.notes["choice"].values()}
         assert told - {None} and told <= {None, 0.01, 0.1, 1.0}
     target = load_float32(directory)
@@ -140,14 +141,14 @@ def test_what_the_paper_has_not_lowers_errors_on_unseen_text(
 
 
 def test_layers_of_8_bits_are_not_corrected(directory: Path, samples: list[list[int]]) -> None:
-    with_it, without = (quantized(directory, samples, rule(ALL_8), correct_inputs=each) for each in (True, False))
+    with_it, without = (quantized(directory, samples, ALL_8, correct_inputs=each) for each in (True, False))
     for name, weight in without.layers.items():
         np.testing.assert_array_equal(with_it.layers[name].q, weight.q, err_msg=name)
         assert with_it.notes["choice"][name]["correction_dampening"] is None
 
 
 def test_one_sample_has_no_other_half_to_correct_by(directory: Path, samples: list[list[int]]) -> None:
-    layers = quantized(directory, samples[:1], rule(ALL_4), correct_inputs=True)
+    layers = quantized(directory, samples[:1], ALL_4, correct_inputs=True)
     assert {choice["correction_dampening"] for choice in layers.notes["choice"].values()} == {None}
 
 
@@ -155,18 +156,17 @@ def test_singular_hessians_are_an_error_or_each_counted_once(directory: Path, sa
     few = [sample[:8] for sample in samples[:2]]
     changes: dict[str, Any] = {"correct_inputs": True, "dampening": 1e-9}
     with pytest.raises(SettingError, match=r"^on_singular=error: \d+ layers have a singular Hessian"):
-        quantized(directory, few, rule(ALL_4), **changes)
-    layers = quantized(directory, few, rule(ALL_4), on_singular="rtn", **changes)
+        quantized(directory, few, ALL_4, **changes)
+    layers = quantized(directory, few, ALL_4, on_singular="rtn", **changes)
     ((_, names),) = layers.fallbacks.items()
     assert len(names) == len(set(names)) > 0
     assert set(names) <= set(layers.layers)
 
 
 @pytest.mark.parametrize("threshold", ["mean", "search"])
-def test_choices_are_those_of_the_model(directory: Path, samples: list[list[int]], threshold: str) -> None:
-    how = rule(0.2, threshold=threshold)
-    layers = quantized(directory, samples, how)
-    assert choices(directory, samples, how, alpha=None) == layers.notes["choice"]
+def test_every_layer_is_made_as_its_choice_says(directory: Path, samples: list[list[int]], threshold: str) -> None:
+    layers = quantized(directory, samples, BitsRule("error", 0.2, None), rule(threshold=threshold))
+    assert layers.notes["gamma"] == 0.2
     widths = set()
     for name, told in layers.notes["choice"].items():
         assert layers.layers[name].shape[1] == told[f"columns_{told['bits']}"]
@@ -180,10 +180,11 @@ def test_a_pass_in_which_nothing_changes_need_not_be_repeated(directory: Path, s
     decided = []
     for only_watches in (True, False):
         model = load_model(directory)
-        modifier = FlattenQuantModifier(**asdict(rule(0.2)), num_samples=len(samples))
+        bits = BitsRule("error", None, 0.5)
+        modifier = FlattenQuantModifier(**asdict(rule()), **asdict(bits), num_samples=len(samples))
         run_recipe(model, modifier, samples, only_watches=only_watches)
         layers = {name: module for name, module in model.named_modules() if isinstance(module, FlattenLinear)}
-        decided.append({name: (layer.flattening.errors, layer.expand.inputs) for name, layer in layers.items()})
+        decided.append({name: (layer.flattening.options.errors, layer.expand.inputs) for name, layer in layers.items()})
     assert len(decided[0]) == 14
     for name, (errors, inputs) in decided[0].items():
         assert errors == decided[1][name][0]
@@ -193,7 +194,7 @@ def test_a_pass_in_which_nothing_changes_need_not_be_repeated(directory: Path, s
 def test_input_errors_are_at_least_halved_where_there_are_outliers(
     directory: Path, samples: list[list[int]], found: QuantizedLayers
 ) -> None:
-    plain = quantized(directory, samples, rule(ALL_4, max_expansion=1.0))
+    plain = quantized(directory, samples, ALL_4, rule(max_expansion=1.0))
     target = load_float32(directory)
     ours, theirs = (measure_layers(target, each.layers, each.inputs, samples) for each in (found, plain))
     for name in ours:
@@ -209,16 +210,32 @@ def test_layers_of_one_input_share_index_scale_and_bits(found: QuantizedLayers) 
             assert found.layers[name].shape[1] == found.layers[first].shape[1]
 
 
-def test_gamma_decides_how_many_layers_have_4_bits(directory: Path, samples: list[list[int]]) -> None:
-    eight = quantized(directory, samples, rule(ALL_8))
-    errors = sorted({choice["error_4"] for choice in eight.notes["choice"].values()})
-    middle = quantized(directory, samples, rule(errors[len(errors) // 2]))
+@pytest.mark.parametrize("criterion", ["error", "ratio"])
+def test_gamma_decides_how_many_layers_have_4_bits(
+    directory: Path, samples: list[list[int]], criterion: Criterion
+) -> None:
+    def value(choice: dict[str, float]) -> float:
+        return choice["error_4"] / (choice["error_8"] if criterion == "ratio" else 1)
+
+    eight = quantized(directory, samples, ALL_8)
+    values = sorted({value(choice) for choice in eight.notes["choice"].values()})
+    gamma = values[len(values) // 2]
+    middle = quantized(directory, samples, BitsRule(criterion, gamma, None))
     assert {weight.bits for weight in eight.layers.values()} == {8}
     assert {weight.bits for weight in middle.layers.values()} == {4, 8}
     for name, weight in middle.layers.items():
         choice = middle.notes["choice"][name]
         assert weight.bits == middle.inputs[name].grid.bits == choice["bits"]
-        assert (choice["error_4"] < errors[len(errors) // 2]) == (choice["bits"] == 4)
+        assert (value(choice) < gamma) == (choice["bits"] == 4)
+
+
+@pytest.mark.parametrize("wanted", [0.0, 0.3, 0.6, 1.0])
+def test_a_share_is_met_as_nearly_as_sites_allow(directory: Path, samples: list[list[int]], wanted: float) -> None:
+    layers = quantized(directory, samples, BitsRule("error", None, wanted)).layers
+    int4 = sum(weight.q.size for weight in layers.values() if weight.bits == 4)
+    sites = [sum(layers[name].q.size for name in site) for site in input_sites(layers)]
+    assert abs(int4 / sum(sites) - wanted) <= max(sites) / sum(sites) / 2
+    assert (int4 == 0) == (wanted == 0) and (int4 == sum(sites)) == (wanted == 1)
 
 
 def test_columns_that_calibration_never_filled_keep_their_weights(found: QuantizedLayers, directory: Path) -> None:
@@ -238,7 +255,7 @@ def test_columns_that_calibration_never_filled_keep_their_weights(found: Quantiz
 def test_a_flattened_model_is_read_back_as_it_was_decided(
     directory: Path, samples: list[list[int]], tmp_path: Path, group_size: int | None, alpha: float | None
 ) -> None:
-    layers = quantized(directory, samples, rule(0.12, group_size=group_size), alpha)
+    layers = quantized(directory, samples, BitsRule("error", 0.12, None), rule(group_size=group_size), alpha)
     assert bool(layers.norms) == (alpha is not None)
     assert divergence(directory, layers, samples, tmp_path) < 0.5
     with ModelDirectory.open(tmp_path) as files:
@@ -252,7 +269,7 @@ def test_a_flattened_model_is_read_back_as_it_was_decided(
 def test_8_bits_everywhere_lose_little(
     directory: Path, samples: list[list[int]], ids: Callable[..., torch.Tensor]
 ) -> None:
-    layers = quantized(directory, samples, rule(ALL_8))
+    layers = quantized(directory, samples, ALL_8)
     target = load_model(directory).eval()
     smooth_as(target, layers.norms)
     for name, error in measure_layers(target, layers.layers, layers.inputs, samples).items():

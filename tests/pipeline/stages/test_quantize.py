@@ -47,7 +47,8 @@ FLATTENQUANT = {
     "threshold": "search",
     "max_expansion": 1.5,
     "criterion": "error",
-    "gamma": 0.2,
+    "int4_share": 0.5,
+    "gamma": None,
     "weights": WEIGHTS,
     "correct_inputs": True,
     **SOLVED,
@@ -153,7 +154,7 @@ def test_the_figures_are_those_of_the_files(built: Any) -> None:
     if built.config["method"] == "flattenquant":
         for told in stats["layers"].values():
             assert told["columns"] == told[f"columns_{told['bits']}"]
-            assert (told["error_4"] < built.config["gamma"]) == (told["bits"] == 4)
+            assert (told["error_4"] < stats["inputs"]["gamma"]) == (told["bits"] == 4)
         assert 0 < stats["inputs"]["int4_share"] < 1 < stats["inputs"]["expansion"]
     else:
         assert stats["inputs"]["alpha"] in (0.3, 0.7)
@@ -204,15 +205,3 @@ def test_torch_has_the_states_of_the_reference_of_the_numerics(built: Any) -> No
     first, second = figures["torch_relative_error"].values()
     assert first < 1e-5  # the same codes
     assert second < figures["torch_tolerance"] == (0.5 if built.config["method"] == "flattenquant" else 0.15)
-
-
-@pytest.mark.parametrize("built", [FLATTENQUANT], indirect=True, ids=["flattenquant"])
-def test_choices_without_a_model_are_those_in_its_stats(inputs: dict[str, Path], built: Any) -> None:
-    from pipeline.stages.quantize_inputs import flattenquant_choices
-
-    stats = json.loads((built.out / "stats.json").read_text())
-    found = flattenquant_choices(built.config, inputs["target"] / "model", inputs["calibrate"])
-    assert found.keys() == stats["layers"].keys()
-    for name, told in found.items():
-        for key in ("bits", "threshold_4", "threshold_8", "columns_4", "columns_8", "error_4", "error_8"):
-            assert told[key] == stats["layers"][name][key]

@@ -18,6 +18,7 @@ from pipeline.stages.graph_models import quantize_stage
 from pipeline.stages.quantize_check import check
 
 INFINITE, NO_NUMBER = float("inf"), float("nan")
+FLATTENED = {"alpha": None, "beta": 1.3, "max_expansion": 1.5}
 LLM_COMPRESSOR = {"torch", "transformers", "llmcompressor", "compressed-tensors"}
 
 
@@ -30,6 +31,10 @@ def no_shape() -> Any:
     [
         ({"method": "flattenquant", "gamma": INFINITE}, r"^key\.gamma=inf is not finite; give a number that is$"),
         ({"method": "flattenquant", "gamma": NO_NUMBER}, r"^key\.gamma=nan is not finite"),
+        (
+            {"method": "flattenquant", **FLATTENED, "gamma": -1.0, "int4_share": None},
+            r"^key\.gamma=-1\.0 must be 0 \(8 bits everywhere\) or more$",
+        ),
         ({"method": "gptq", "dampening": INFINITE}, r"^key\.dampening=inf is not finite"),
         ({"method": "smoothquant", "alpha": [0.5, NO_NUMBER]}, r"^key\.alpha=\[0\.5, nan\] is not finite"),
         ({"method": "smoothquant", "weights": {"scale": NO_NUMBER}}, r"^key\.weights\.scale=nan is not finite"),
