@@ -8,7 +8,7 @@ llama.cpp gets Q4_0, made from the same source, and speculates at its best: n-gr
 a draft model (also Q4_0), each with the draft length and confidence that a sweep over some of the prompts finds
 fastest. Its times count its own calls and the choice of tokens. Greedy; rates are tokens over time of all answers, and
 what is told of rounds (tokens a forward, drafts) leaves the forward out that reads the prompt, on either side.
-The category "random" needs no file: prompts of random characters.
+The category "random" is made here, not read from the file: prompts of random characters.
 """
 
 from __future__ import annotations

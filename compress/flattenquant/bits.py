@@ -1,7 +1,7 @@
 """Which sites get 4 bits: two criteria, and the γ that puts a share of the model's multiplications in 4 bits.
 
 By the criterion `ratio` (the paper's, arXiv 2402.17985) a site gets 4 bits where error_4 < γ · error_8; by the
-criterion `error` where error_4 < γ. Grids of 7 and of 127 steps make nearly every ratio 18, and the smallest ratios
+criterion `error` where error_4 < γ. With uniform grids of 7 and of 127 steps the ratios say little, and the smallest
 belong to the sites that 8 bits serve worst, so the second criterion is there (docs/methods.md).
 
 γ says little by itself: what share it comes to differs from model to model. Where a share is asked for instead, γ
