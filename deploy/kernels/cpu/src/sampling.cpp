@@ -94,10 +94,7 @@ void Sampler::weigh_kept() {
 
 // Largest first, ties by id.
 void Sampler::sort_kept() {
-  std::sort(kept_.begin(), kept_.end(), [this](int32_t a, int32_t b) {
-    const float x = z_[a], y = z_[b];
-    return x > y || (x == y && a < b);
-  });
+  std::sort(kept_.begin(), kept_.end(), [this](int32_t a, int32_t b) { return comes_before(a, b); });
 }
 
 void Sampler::keep_largest(int64_t count) {
@@ -106,8 +103,10 @@ void Sampler::keep_largest(int64_t count) {
     keep_above(largest_ - depth);
     depth = depth > 1e3f ? std::numeric_limits<float>::infinity() : depth * 2;
   } while (static_cast<int64_t>(kept_.size()) < count);
-  sort_kept();
+  const auto before = [this](int32_t a, int32_t b) { return comes_before(a, b); };
+  std::nth_element(kept_.begin(), kept_.begin() + count, kept_.end(), before);  // there may be thousands
   kept_.resize(static_cast<size_t>(count));
+  sort_kept();
   keeps_all_ = false;
 }
 

@@ -45,6 +45,7 @@ class Sampler {
   void consider(const std::vector<int32_t>& indices, const us_sampling& how, int64_t position);
   void add_noise(const std::vector<int32_t>& indices, const us_sampling& how, int64_t position);
   void find_best(const float* values, int32_t n, float largest, int32_t count);
+  bool comes_before(int32_t a, int32_t b) const { return z_[a] > z_[b] || (z_[a] == z_[b] && a < b); }
   int64_t id_of(int32_t index) const { return ids_ ? ids_[index] : index; }
 
   const Kernels& kernels_;
