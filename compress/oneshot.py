@@ -11,7 +11,6 @@ from typing import Literal
 
 from llmcompressor.modifiers.quantization import QuantizationModifier
 
-from compress.errors import SettingError
 from compress.grids import QuantizedLayers, WeightGrid
 from compress.recipes import IGNORED, CountingGPTQ, load_model, read_grids, run_recipe, weight_scheme
 
@@ -40,10 +39,11 @@ def gptq(
         ignore=IGNORED,
         dampening_frac=dampening,
         actorder="static" if activation_order else None,
+        stops_at_fallback=on_singular == "error",
     )
     model = load_model(model_dir)
     fallen_back = run_recipe(model, recipe, samples, on_layers)
-    return QuantizedLayers(read_grids(model), counted_fallbacks(fallen_back, on_singular))
+    return QuantizedLayers(read_grids(model), counted_fallbacks(fallen_back))
 
 
 def rtn(model_dir: Path, grid: WeightGrid, *, observer: str) -> QuantizedLayers:
@@ -53,13 +53,6 @@ def rtn(model_dir: Path, grid: WeightGrid, *, observer: str) -> QuantizedLayers:
     return QuantizedLayers(read_grids(model))
 
 
-def counted_fallbacks(fallen_back: list[str], on_singular: SingularPolicy) -> dict[str, list[str]]:
-    """Policy name → the layers that fell back. Raises SettingError when there are any and the policy is "error"."""
-    if not fallen_back:
-        return {}
-    if on_singular == "error":
-        raise SettingError(
-            f"on_singular=error: {len(fallen_back)} layers have a singular Hessian ({fallen_back[0]}, …); calibrate on"
-            " more samples, raise dampening, or choose on_singular=rtn"
-        )
-    return {"singular Hessian, rounded to nearest": fallen_back}
+def counted_fallbacks(fallen_back: list[str]) -> dict[str, list[str]]:
+    """Policy name → the layers that fell back."""
+    return {"singular Hessian, rounded to nearest": fallen_back} if fallen_back else {}

@@ -28,6 +28,7 @@ from loguru import logger as library_logger
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from compress.errors import SettingError
 from compress.grids import WeightGrid
 from compress.quantized_inputs import linear_with
 from deploy.formats.packed import GroupedInt
@@ -42,9 +43,11 @@ class CountingGPTQ(GPTQModifier):
     """llmcompressor's GPTQ, with a record of the layers that fell back to rounding and a report of progress.
 
     keeps_unseen: weights of inputs that were always 0 are rounded to nearest; the library would make them 0.
+    stops_at_fallback: the first layer that would fall back raises SettingError instead, before the others are computed.
     """
 
     keeps_unseen: bool = False
+    stops_at_fallback: bool = False
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         _fallen_back.extend(self._rtn_fallback_module_names)
@@ -67,6 +70,11 @@ class CountingGPTQ(GPTQModifier):
                 for name, value in statistics.items():
                     setattr(observer, name, value)
                 super().compress_module_list([module])
+            if self.stops_at_fallback and self._rtn_fallback_module_names:
+                raise SettingError(
+                    f"on_singular=error: {self._rtn_fallback_module_names[0]} has a singular Hessian; calibrate on more"
+                    " samples, raise dampening, or choose on_singular=rtn"
+                )
             _on_layers(1)
 
     def round_only(self, module: torch.nn.Module) -> None:

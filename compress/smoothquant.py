@@ -66,7 +66,7 @@ def smoothquant(
     fallen_back = run_recipe(model, recipe_modifier(rule, rule.solver), samples, on_layers)
     return QuantizedLayers(
         read_grids(model),
-        counted_fallbacks(fallen_back, rule.on_singular),
+        counted_fallbacks(fallen_back),
         inputs=read_inputs(model, rule.activations),
         norms=norm_weights(model),
         notes={"alpha": alpha, "alpha_kl": {str(key): value for key, value in divergences.items()}},
@@ -126,4 +126,5 @@ def recipe_modifier(rule: SmoothQuantRule, solver: Solver) -> Modifier:
     if solver == "rtn":
         return QuantizationModifier(**fields)
     actorder = "static" if rule.activation_order else None
-    return CountingGPTQ(**fields, dampening_frac=rule.dampening, actorder=actorder)
+    stops = rule.on_singular == "error"
+    return CountingGPTQ(**fields, dampening_frac=rule.dampening, actorder=actorder, stops_at_fallback=stops)

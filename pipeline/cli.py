@@ -7,6 +7,7 @@ user can mend, in one line; 130 interrupted; 141 whoever read the output went aw
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import traceback
@@ -21,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import pipeline
+from deploy.kernels.cpu.threads import choose_threads
 from pipeline.errors import is_user_error, one_line
 from pipeline.graph import Selection, Stage
 from pipeline.memory import keep_freed_memory
@@ -98,10 +100,10 @@ def run_config(config: Config, run_dir: Path, build_graph: GraphBuilder) -> list
     Raises what `run_pipeline` raises; the run is then recorded as failed.
     """
     keep_freed_memory()
+    plain = cast(dict[str, Any], OmegaConf.to_container(cast(DictConfig, config), resolve=True, enum_to_str=True))
+    check_finite(plain)
     tracker = make_tracker(config.tracking, run_dir)
-    tracker.start_run(
-        cast(dict[str, Any], OmegaConf.to_container(cast(DictConfig, config), resolve=True, enum_to_str=True))
-    )
+    tracker.start_run(plain)
     status = "failed"
     try:
         selection = Selection(_names(config.stage), config.from_stage, _names(config.force))
@@ -117,13 +119,24 @@ def run_config(config: Config, run_dir: Path, build_graph: GraphBuilder) -> list
         tracker.finish(status)
 
 
+def check_finite(config: dict[str, Any] | list[Any], key: str = "") -> None:
+    """Raises ValueError naming the key of a number that is infinite or none, at any depth: no JSON has one, so no
+    artifact's key could."""
+    for name, value in config.items() if isinstance(config, dict) else enumerate(config):
+        where = f"{key}[{name}]" if isinstance(config, list) else f"{key}.{name}" if key else str(name)
+        if isinstance(value, dict | list):
+            check_finite(value, where)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{where}={value} is not finite; give a number that is, or null for no limit")
+
+
 def _task(config: DictConfig) -> None:
-    if config.threads is not None:
-        os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(config.threads)))
     from pipeline.stages.graph import build_graph
 
     expand_home(config)
     try:
+        if config.threads is not None:
+            os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(choose_threads(config.threads))))
         run_config(cast(Config, config), Path(HydraConfig.get().runtime.output_dir), build_graph)
     except Exception as error:
         if _is_debug() or not is_user_error(error):

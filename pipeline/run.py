@@ -135,9 +135,8 @@ class _Run:
         return why_missing(key, self.store.history(stage.name, stage.instance), roles)
 
     def _build(self, stage: Stage, key: Key, *, is_forced: bool) -> Artifact:
-        keep = stage.resumable and not is_forced
-        out = self.store.partial(stage.name, key.digest, keep=keep)
-        if keep and not any(out.iterdir()):
+        out = self.store.partial(stage.name, key.digest, keep=stage.resumable, is_forced=is_forced)
+        if stage.resumable and not is_forced and not any(out.iterdir()):
             self._continue_artifact(stage, key, out)
         context = self._context(stage, out)
         start = time.monotonic()

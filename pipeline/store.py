@@ -23,6 +23,8 @@ from pipeline.manifest import MANIFEST_NAME, Manifest
 PARTIAL = ".partial"
 REPLACED = ".replaced"
 COPYING = ".copying"
+FORCED = ".forced"
+"""Beside a partial directory that a forced build began in: one that is forced again goes on there."""
 LOCKS = ".locks"
 
 
@@ -129,12 +131,18 @@ class Store:
                 shutil.rmtree(copying, ignore_errors=True)
             return found
 
-    def partial(self, stage: str, digest: str, *, keep: bool) -> Path:
-        """The directory to build in; emptied first unless `keep`. Call only while `building`."""
+    def partial(self, stage: str, digest: str, *, keep: bool, is_forced: bool = False) -> Path:
+        """The directory to build in; emptied first unless `keep`. Call only while `building`.
+
+        is_forced: only what a forced build left is kept.
+        """
         path = self.path(stage, digest).with_name(digest + PARTIAL)
         shutil.rmtree(_copying(path), ignore_errors=True)  # of a run that was killed
-        if path.exists() and not keep:
+        forced = path.with_suffix(FORCED)
+        if path.exists() and not (keep and (forced.exists() or not is_forced)):
             shutil.rmtree(path)
+        if is_forced:
+            forced.touch()
         path.mkdir(exist_ok=True)
         return path
 
@@ -161,6 +169,7 @@ class Store:
             if final.exists():
                 final.rename(replaced)
             partial.rename(final)
+            partial.with_suffix(FORCED).unlink(missing_ok=True)
             _fsync(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
         return Artifact(final, manifest)

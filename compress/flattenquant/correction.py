@@ -45,11 +45,13 @@ def best_dampening(W: Tensor, halves: tuple[Products, Products], dampenings: Seq
 
     W: [out, C]; halves: of the same layer's rows. Raises torch.linalg.LinAlgError as `weight_change` does.
     """
-    one, other = halves
-    gains = {
-        dampening: gain(W, weight_change(W, one, dampening), other) + gain(W, weight_change(W, other, dampening), one)
-        for dampening in dampenings
-    }
+    lost = [W @ each.R for each in halves]
+
+    def crossed_gain(dampening: float) -> float:
+        changes = [_least_squares(WR, each.H, dampening) for WR, each in zip(lost, halves, strict=True)]
+        return _gain(lost[1], changes[0], halves[1].H) + _gain(lost[0], changes[1], halves[0].H)
+
+    gains = {dampening: crossed_gain(dampening) for dampening in dampenings}
     best = max(gains, key=lambda each: gains[each])
     return best if gains[best] > 0 else None
 
@@ -61,11 +63,19 @@ def weight_change(W: Tensor, products: Products, dampening: float) -> Tensor:
     diagonal, as of GPTQ. A column that no row filled is 0 in D.
     Raises torch.linalg.LinAlgError where H + λI has no Cholesky factor.
     """
-    damped = products.H.clone()
-    damped.diagonal().add_(dampening * products.H.diagonal().mean())
-    return torch.cholesky_solve((W @ products.R).T, torch.linalg.cholesky(damped)).T
+    return _least_squares(W @ products.R, products.H, dampening)
 
 
 def gain(W: Tensor, D: Tensor, products: Products) -> float:
     """Σ‖Wr‖² − Σ‖Wr − Dx̂‖²: by how much D lowers the squared output error over the rows of `products`."""
-    return float(2 * (D * (W @ products.R)).sum() - (D @ products.H * D).sum())
+    return _gain(W @ products.R, D, products.H)
+
+
+def _least_squares(WR: Tensor, H: Tensor, dampening: float) -> Tensor:
+    damped = H.clone()
+    damped.diagonal().add_(dampening * H.diagonal().mean())
+    return torch.cholesky_solve(WR.T, torch.linalg.cholesky(damped)).T
+
+
+def _gain(WR: Tensor, D: Tensor, H: Tensor) -> float:
+    return float(2 * (D * WR).sum() - (D @ H * D).sum())

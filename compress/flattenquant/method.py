@@ -1,9 +1,11 @@
-"""FlattenQuant from a model directory to grids: watch and decide, flatten, then GPTQ on the flattened layers."""
+"""FlattenQuant from a model directory to grids: watch and decide, flatten, then round the flattened layers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from llmcompressor.modifiers.quantization import QuantizationModifier
 
 from compress.flattenquant.bits import BitsRule
 from compress.flattenquant.choice import BITS, FlattenRule
@@ -11,19 +13,20 @@ from compress.flattenquant.modifier import FlattenedGPTQ, FlattenLinear, Flatten
 from compress.grids import QuantizedLayers, WeightGrid
 from compress.oneshot import SingularPolicy, counted_fallbacks
 from compress.recipes import load_model, read_grids, run_recipe, weight_scheme
-from compress.smoothquant import norm_weights, smooth
+from compress.smoothquant import Solver, norm_weights, smooth
 
 INNER = ".inner"
 
 
 @dataclass(frozen=True)
 class SolverRule:
-    """How the flattened weights are quantized: GPTQ.
+    """How the flattened weights get their codes: by GPTQ, or to the nearest, which needs nothing of the following.
 
     dampening: fraction of the Hessian's mean diagonal. correct_inputs: whether weights first make up for what rounding
     takes from their inputs (`correction`).
     """
 
+    solver: Solver
     dampening: float
     activation_order: bool
     on_singular: SingularPolicy
@@ -54,17 +57,22 @@ def flattenquant(
     watching = FlattenQuantModifier(**asdict(rule), **asdict(bits), num_samples=len(samples))
     run_recipe(model, watching, samples, only_watches=True)
     flattened = {name: module for name, module in model.named_modules() if isinstance(module, FlattenLinear)}
-    recipe = FlattenedGPTQ(
-        config_groups=_groups(flattened, rule),
-        ignore=["lm_head"],
-        dampening_frac=solver.dampening,
-        actorder="static" if solver.activation_order else None,
-        correct_inputs=solver.correct_inputs,
-    )
-    fallen_back = [name.removesuffix(INNER) for name in run_recipe(model, recipe, samples, on_layers)]
+    fields: dict[str, Any] = {"config_groups": _groups(flattened, rule), "ignore": ["lm_head"]}
+    if solver.solver == "rtn":
+        fallen_back = run_recipe(model, QuantizationModifier(**fields))
+    else:
+        actorder = "static" if solver.activation_order else None
+        recipe = FlattenedGPTQ(
+            **fields,
+            dampening_frac=solver.dampening,
+            actorder=actorder,
+            stops_at_fallback=solver.on_singular == "error",
+            correct_inputs=solver.correct_inputs,
+        )
+        fallen_back = [name.removesuffix(INNER) for name in run_recipe(model, recipe, samples, on_layers)]
     return QuantizedLayers(
         {name.removesuffix(INNER): weight for name, weight in read_grids(model).items()},
-        counted_fallbacks(fallen_back, solver.on_singular),
+        counted_fallbacks(fallen_back),
         inputs={name: module.expand.inputs for name, module in flattened.items()},
         norms=norms,
         notes={

@@ -35,7 +35,7 @@ class Source:
         """The files whose content decides what the target is."""
         if self.kind == "gguf":
             return [self.path]
-        kept = ("*.safetensors", "*.json", "*.jinja", "*.model")
+        kept = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt")
         return sorted({file for pattern in kept for file in self.path.glob(pattern)})
 
     def fingerprint(self) -> dict[str, str]:
@@ -169,7 +169,7 @@ def _from_hub_or_directory(path: str, revision: str | None) -> Source:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+        patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
         fetched = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise ValueError(

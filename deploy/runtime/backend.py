@@ -29,6 +29,9 @@ class Row:
     parent: int = SEQUENCE_END
 
 
+NO_TOKEN = -1
+
+
 @dataclass(frozen=True)
 class Forward:
     """logits: float32 [rows asked for, vocab]. taps: layer → float32 [rows, hidden], what enters that layer."""
@@ -39,7 +42,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class ForwardTokens:
-    """tokens: the id chosen after each row asked for. taps: layer → float32 [rows, hidden]."""
+    """tokens: the id chosen after each row asked for, or NO_TOKEN. taps: layer → float32 [rows, hidden]."""
 
     tokens: list[int]
     taps: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
@@ -73,8 +76,8 @@ class Backend(Protocol):
         """Like `forward`, but choose the token that follows each of `token_rows` (default: all).
 
         The path that a repetition penalty looks at is the row's own: its sequence's cache, its ancestors, itself.
-        sampling, sample_index: one for all, or one for each of `token_rows`. Raises ValueError, besides what
-        `forward` raises, when logits are not finite.
+        sampling, sample_index: one for all, or one for each of `token_rows`. A row whose logits are not finite has
+        NO_TOKEN: it may be one that was only drafted, and no text's. Raises ValueError as `forward` does.
         """
         ...
 

@@ -20,7 +20,7 @@ from deploy.runtime.gpu_loader import load_language_model, too_large
 from deploy.runtime.gpu_model import ROWS_AT_ONCE, Device, Float32, GpuModel
 from deploy.runtime.gpu_sampling import Choice, choose
 from deploy.runtime.gpu_weights import LanguageModel
-from deploy.runtime.sampling import SamplingParams, not_finite
+from deploy.runtime.sampling import SamplingParams
 
 
 class GpuBackend(GpuModel):
@@ -101,11 +101,7 @@ class GpuBackend(GpuModel):
             Choice(how, index, rows[row].position + 1, self._path(first + row, how))
             for row, how, index in zip(wanted, params, indices, strict=True)
         ]
-        tokens = choose(self.device.ops, logits, best, choices, self.head_ids)
-        for row, token in zip(wanted, tokens, strict=True):
-            if token < 0:
-                raise ValueError(not_finite(rows[row].position + 1))
-        return ForwardTokens(tokens, tapped)
+        return ForwardTokens(choose(self.device.ops, logits, best, choices, self.head_ids), tapped)
 
     def _path(self, row: int, how: SamplingParams) -> Sequence[int]:
         """The row's own path, where a penalty looks at it."""

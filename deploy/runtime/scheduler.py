@@ -64,9 +64,9 @@ class Scheduler:
         needed = request.prompt[:-1]  # the last token is run to get what follows it
         shared = {sequence: shared_length(cached, needed) for sequence, cached in self._free.items()}
         sequence = max(shared, key=shared.__getitem__)
-        del self._free[sequence]
         num_shared = go_back(self._backend, self._drafter, sequence, shared[sequence])
         self._active[number] = Stream(request, sequence, self._tokenizer, num_shared)
+        del self._free[sequence]
 
     def _end(self, number: int) -> Generation:
         stream = self._active.pop(number)

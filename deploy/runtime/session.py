@@ -68,10 +68,11 @@ class Session:
 
     def use(self, drafter: Drafter) -> None:
         """Draft by `drafter` from now on; what earlier turns left in the caches is forgotten."""
+        self._cached = []
         self.backend.reset(CHAT_SEQUENCE)
         self._drafter.reset(CHAT_SEQUENCE)
         drafter.reset(CHAT_SEQUENCE)
-        self._drafter, self._cached = drafter, []
+        self._drafter = drafter
 
     @classmethod
     def open(
@@ -137,7 +138,8 @@ class Session:
             while stream.finish_reason is None:
                 step(self.backend, self._drafter, [stream], self._eos)
         finally:
-            self._cached = stream.path[: stream.num_kept]
+            # An interrupt may fall between the cache's going back and the stream's.
+            self._cached = stream.path[: min(stream.num_kept, self.backend.length(CHAT_SEQUENCE))]
         return stream.result()
 
     def generate_many(

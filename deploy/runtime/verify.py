@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from deploy.runtime.backend import SEQUENCE_END, Backend, Row
-from deploy.runtime.sampling import SamplingParams
+from deploy.runtime.backend import NO_TOKEN, SEQUENCE_END, Backend, Row
+from deploy.runtime.sampling import SamplingParams, not_finite
 from deploy.runtime.tree import ROOT, Draft
 
 
@@ -50,7 +50,10 @@ class Verified:
 
 
 def verify(backend: Backend, jobs: Sequence[Job], taps: Sequence[int] = ()) -> list[Verified]:
-    """One forward for all jobs; their caches grow by what is certain. Raises ValueError as `forward_tokens` does."""
+    """One forward for all jobs; their caches grow by what is certain.
+
+    Raises ValueError as `forward_tokens` does, and where the model has no token for a text: its logits are not finite.
+    """
     rows: list[Row] = []
     asked: list[int] = []
     begins: list[int] = []
@@ -82,14 +85,20 @@ def _take(
     """Follow the choices through the draft, and keep the rows on the way."""
     kept = list(range(begin, begin + len(job.pending)))
     computed, tokens = list(job.pending), []
+
+    def take_token() -> None:
+        if chosen[kept[-1]] == NO_TOKEN:
+            raise ValueError(not_finite(job.start + len(computed)))
+        tokens.append(chosen[kept[-1]])
+
     if not job.is_read_only:
         first, node = begin + len(job.pending), ROOT
-        tokens.append(chosen[kept[-1]])
+        take_token()
         while (child := job.draft.child(node, tokens[-1])) is not None:
             node = child
             kept.append(first + node)
             computed.append(job.draft.tokens[node])
-            tokens.append(chosen[kept[-1]])
+            take_token()
     backend.keep(job.sequence, kept)
     return Verified(tuple(tokens), tuple(computed), _side_by_side(taps, kept) if taps else None)
 

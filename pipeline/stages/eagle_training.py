@@ -24,6 +24,7 @@ from pipeline.report.drafter import summary_line
 from pipeline.stages.drafter_inputs import count_vocabulary, read_heldout, read_owner
 from pipeline.stages.eagle import HEAD, HISTORY, feature_layers
 from pipeline.stages.eagle_measure import Measured, measure_sizes, write_head
+from pipeline.stages.export_drafter import CONFIGS
 from pipeline.stages.features import RuntimeFeatures, compare_features
 from pipeline.stages.intermediate import MEASURED
 from pipeline.stages.served_form import SERVED_FORM, read_bytes
@@ -68,7 +69,9 @@ def train_head(unkeyed: dict[str, Any], initial: Path | None, threads: int | Non
         size = min(config["vocabulary"]["size"], len(above_ids))
         draft_ids = keep_most_frequent(_only(data.counts, above_ids), size, target.eos_token_ids)
         task, head = _make_task(context, target, layers, columns, heldout, draft_ids)
-        started = None if initial is None else _start_from(initial, head, target, owner, draft_ids)
+        key = CONFIGS[context.stage]
+        _check_trim(config["vocabulary"]["trim"], target.eos_token_ids, key)
+        started = None if initial is None else _start_from(initial, head, target, owner, draft_ids, key)
         result, loss = run_training(
             context,
             task,
@@ -161,8 +164,21 @@ def _make_task(
     return EagleTask(head, objective, heldout, ids.to(device), config["num_drafted"]), head
 
 
-def _start_from(initial: Path, head: EagleHead, target: ModelDirectory, owner: Owner, draft_ids: Ids) -> dict[str, Any]:
-    """Give `head` the weights of a trained one; what of it goes into the record.
+def _check_trim(sizes: Sequence[int], end_ids: Sequence[int], key: str) -> None:
+    """Raises ValueError, before the training, for a size that the training would be cut to in vain."""
+    fewest = len(set(end_ids))
+    for size in sizes:
+        if size < fewest:
+            raise ValueError(
+                f"{key}.vocabulary.trim={list(sizes)}: {size} cannot hold the {fewest} tokens that end a text; leave it"
+                " out"
+            )
+
+
+def _start_from(
+    initial: Path, head: EagleHead, target: ModelDirectory, owner: Owner, draft_ids: Ids, key: str
+) -> dict[str, Any]:
+    """Give `head` the weights of a trained one; what of it goes into the record. key: of the configuration.
 
     Raises ValueError when that one was trained for another tokenizer.
     """
@@ -172,7 +188,7 @@ def _start_from(initial: Path, head: EagleHead, target: ModelDirectory, owner: O
         if trained.owner.tokenizer != owner.tokenizer:
             raise ValueError(
                 f"the head at {initial} was trained for another tokenizer ({trained.owner.tokenizer[:16]}) than the"
-                f" target's ({owner.tokenizer[:16]}); leave eagle.initial out"
+                f" target's ({owner.tokenizer[:16]}); leave {key}.initial out"
             )
         start_from_head(head, trained, torch.from_numpy(draft_ids))
         return {"content": trained.owner.content, "tokens": trained.training.tokens}

@@ -15,6 +15,7 @@ from compress.target.sources import Source, find_source
 from pipeline.graph import Stage, lazy
 from pipeline.schema import Config
 from pipeline.stages import evaluate, export, quantize_check
+from pipeline.stages.context_check import ReadShape, check_fits_context
 from pipeline.stages.graph_drafters import drafter_stages, least_acceptance
 from pipeline.stages.graph_models import (
     TORCH,
@@ -43,7 +44,8 @@ def build_graph(config: Config) -> list[Stage]:
         raise ValueError(f"seed={plain['seed']} is out of range; use a number from 0 to {MAX_SEED}")
     source = find_source(*(plain["target"][key] for key in ("kind", "path", "package", "revision")))
     target = target_stage(source)
-    samples = calibrate_stage(plain["calibrate"], plain["seed"], target)
+    read_shape = partial(lazy("compress.target.inspect:read_shape"), source)
+    samples = calibrate_stage(plain["calibrate"], plain["seed"], target, read_shape)
     methods = {"": plain["quantize"], **_variants(plain, source)}
     qualities = {}
     for name, method in methods.items():
@@ -54,7 +56,7 @@ def build_graph(config: Config) -> list[Stage]:
     quantized = qualities[""].inputs["quantize"]
     models = {"target": target, "calibrate": samples, "quantize": quantized}
     drafters = drafter_stages(plain, source, models)
-    return [_export(plain, target, qualities, drafters | _evaluate(plain, models | drafters))]
+    return [_export(plain, target, qualities, drafters | _evaluate(plain, models | drafters, read_shape))]
 
 
 def _check_quantize(calibrate_config: dict[str, Any], source: Source, key: str, config: dict[str, Any]) -> None:
@@ -66,12 +68,17 @@ def _check_quantize(calibrate_config: dict[str, Any], source: Source, key: str, 
     quantize_check.check_calibration(config, calibrate_config, key)
 
 
-def _evaluate(plain: dict[str, Any], models: dict[str, Stage]) -> dict[str, Stage]:
+def _evaluate(plain: dict[str, Any], models: dict[str, Stage], read_shape: ReadShape) -> dict[str, Stage]:
     """By role, the stage that measures the bundle's modes; none for `evaluate=none`."""
     config, calibrated = plain["evaluate"], plain["calibrate"]
     if config["method"] == "none":
         return {}
     num_heldout = calibrated["chat"]["num_heldout"] + calibrated["text"]["num_heldout"]
+
+    def check(config: dict[str, Any]) -> None:
+        evaluate.check(config, has_generated="generate" in models, num_heldout=num_heldout)
+        check_fits_context("evaluate.max_tokens", config["max_tokens"], read_shape, beside=1)
+
     stage = Stage(
         name="evaluate",
         instance="evaluate",
@@ -81,7 +88,7 @@ def _evaluate(plain: dict[str, Any], models: dict[str, Stage]) -> dict[str, Stag
         inputs=models,
         seed=plain["seed"],
         packages=("tokenizers",),
-        check=partial(evaluate.check, has_generated="generate" in models, num_heldout=num_heldout),
+        check=check,
     )
     return {"evaluate": stage}
 

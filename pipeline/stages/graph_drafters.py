@@ -21,6 +21,7 @@ from compress.target.sources import Source, find_source
 from deploy.formats.architectures import ModelShape
 from pipeline.graph import Stage, lazy
 from pipeline.stages import eagle, generate, intermediate, quantize_check
+from pipeline.stages.context_check import ReadShape, check_fits_context
 from pipeline.stages.drafter_checks import check_heldout
 from pipeline.stages.export_drafter import CONFIGS
 from pipeline.stages.graph_models import TORCH, VERSIONS, quantize_stage, target_stage
@@ -37,7 +38,8 @@ def drafter_stages(plain: dict[str, Any], source: Source, models: dict[str, Stag
     has_head, has_intermediate = (plain[key]["method"] != "none" for key in ("eagle", "intermediate"))
     if not has_head and not has_intermediate:
         return {}
-    known = {**models, "generate": _generate(plain, models["target"], models["quantize"])}
+    generated = _generate(plain, models["target"], models["quantize"], partial(_read_shape, source))
+    known = {**models, "generate": generated}
     found = {"generate": known["generate"]}
     if has_head:
         inputs = {role: known[role] for role in ("target", "quantize", "generate")}
@@ -50,8 +52,14 @@ def least_acceptance(plain: dict[str, Any], stages: dict[str, Stage]) -> dict[st
     return {role: plain[key]["min_acceptance"] for role, key in CONFIGS.items() if role in stages}
 
 
-def _generate(plain: dict[str, Any], target: Stage, quantized: Stage) -> Stage:
+def _generate(plain: dict[str, Any], target: Stage, quantized: Stage, read_shape: ReadShape) -> Stage:
     config = plain["generate"]
+
+    def check(_config: dict[str, Any]) -> None:
+        generate.check(config)
+        written = config["self_written"]["max_tokens"] if config["prompts"]["share"] < 1 else 1
+        check_fits_context("generate.max_tokens", config["max_tokens"], read_shape, beside=written)
+
     writer = quantized if config["writer"] == "quantized" else target
     return Stage(
         name="generate",
@@ -63,7 +71,7 @@ def _generate(plain: dict[str, Any], target: Stage, quantized: Stage) -> Stage:
         seed=plain["seed"],
         packages=generate.packages(config),
         fingerprint=partial(generate.fingerprint, config),
-        check=lambda _config: generate.check(config),
+        check=check,
         resumable=True,
         continues=generate.continues,
     )

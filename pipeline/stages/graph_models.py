@@ -9,6 +9,7 @@ from typing import Any
 from compress.target.sources import Source
 from pipeline.graph import Stage, lazy
 from pipeline.stages import calibrate
+from pipeline.stages.context_check import ReadShape, check_fits_context
 from pipeline.stages.quantize_check import CALIBRATED
 
 TORCH = ("torch", "transformers")
@@ -21,7 +22,7 @@ VERSIONS = {
     "eagle": 5,
     "intermediate": 3,
     "measure": 1,
-    "evaluate": 2,
+    "evaluate": 3,
     "export": 6,
 }
 """Raised when a stage's code gives other bytes."""
@@ -43,8 +44,13 @@ def target_stage(source: Source, instance: str = "target") -> Stage:
     )
 
 
-def calibrate_stage(config: dict[str, Any], seed: int, target: Stage) -> Stage:
-    """Samples for calibration, and held-out ones."""
+def calibrate_stage(config: dict[str, Any], seed: int, target: Stage, read_shape: ReadShape) -> Stage:
+    """Samples for calibration, and held-out ones. read_shape: () → the target's."""
+
+    def check(_keyed: dict[str, Any]) -> None:
+        calibrate.check(config)
+        check_fits_context("calibrate.sequence_length", config["sequence_length"], read_shape)
+
     return Stage(
         name="calibrate",
         instance="calibrate",
@@ -55,7 +61,7 @@ def calibrate_stage(config: dict[str, Any], seed: int, target: Stage) -> Stage:
         seed=seed,
         packages=calibrate.packages(config),
         fingerprint=partial(calibrate.fingerprint, config),
-        check=lambda _keyed: calibrate.check(config),
+        check=check,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,6 @@ def check(config: dict[str, Any], read_shape: Callable[[], ModelShape], key: str
 
     read_shape: () → the model's ModelShape; called only when widths matter to the method. key: of the configuration.
     """
-    _check_finite(config, key)
     _check_grid(config, key)
     if "weights" in config:
         _check_grid(config["weights"], f"{key}.weights")
@@ -43,6 +41,8 @@ def check_calibration(config: dict[str, Any], calibrate: dict[str, Any], key: st
     """Raises ValueError when the method calibrates on a group of which `calibrate` makes no samples."""
     if config["method"] not in CALIBRATED:
         return
+    if config["calibration"] is not None and not config["calibration"]:
+        raise ValueError(f"{key}.calibration=[] names no group of samples; null takes all that calibrate makes")
     text_groups = ["prose", "code"] if calibrate["text"]["source"] == "python" else ["text"]
     made = [group for group in ("chat", "free") if calibrate[group]["num_samples"]]
     made += text_groups if calibrate["text"]["num_samples"] else []
@@ -59,16 +59,6 @@ def check_calibration(config: dict[str, Any], calibrate: dict[str, Any], key: st
         )
 
 
-def _check_finite(config: dict[str, Any], key: str) -> None:
-    """Raises ValueError for a number that is infinite or none, at any depth."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            _check_finite(value, f"{key}.{name}")
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ValueError(f"{key}.{name}={value} is not finite; give a number that is")
-
-
 def _check_grid(grid: dict[str, Any], key: str) -> None:
     if "bits" in grid and grid["bits"] not in (4, 8):
         raise ValueError(f"{key}.bits={grid['bits']} is not supported; use 4 or 8")
@@ -80,13 +70,13 @@ def _check_grid(grid: dict[str, Any], key: str) -> None:
 
 def _check_method(config: dict[str, Any], key: str) -> None:
     """What only methods with quantized inputs have."""
+    if config.get("solver") == "rtn" and config["weights"]["observer"] == "imatrix_mse":
+        raise ValueError(f"{key}.weights.observer=imatrix_mse needs {key}.solver=gptq; use minmax or mse")
     if config["method"] == "smoothquant":
         if not config["alpha"] or not all(0 <= alpha <= 1 for alpha in config["alpha"]):
             raise ValueError(f"{key}.alpha={config['alpha']} must be one or more numbers from 0 to 1, e.g. [0.5,0.8]")
         if config["activations"]["bits"] not in (4, 8):
             raise ValueError(f"{key}.activations.bits={config['activations']['bits']} is not supported; use 4 or 8")
-        if config["solver"] == "rtn" and config["weights"]["observer"] == "imatrix_mse":
-            raise ValueError(f"{key}.weights.observer=imatrix_mse needs {key}.solver=gptq; use minmax or mse")
     if config["method"] == "flattenquant":
         if config["alpha"] is not None and not 0 <= config["alpha"] <= 1:
             raise ValueError(f"{key}.alpha={config['alpha']} must be from 0 to 1; null leaves smoothing out")

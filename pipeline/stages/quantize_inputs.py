@@ -53,7 +53,7 @@ def smoothquant(context: BuildContext, target: Path, source: Source) -> Quantize
 
 
 def flattenquant(context: BuildContext, target: Path, source: Source) -> QuantizedLayers:
-    """FlattenQuant with GPTQ on the flattened weights."""
+    """FlattenQuant, and its solver on the flattened weights."""
     from compress.flattenquant.bits import BitsRule
     from compress.flattenquant.choice import FlattenRule
     from compress.flattenquant.method import SolverRule
@@ -68,7 +68,7 @@ def flattenquant(context: BuildContext, target: Path, source: Source) -> Quantiz
     )
     bits = BitsRule(**{key: config[key] for key in ("criterion", "gamma", "int4_share")})
     solver = SolverRule(
-        **{key: config[key] for key in ("dampening", "activation_order", "on_singular", "correct_inputs")}
+        **{key: config[key] for key in ("solver", "dampening", "activation_order", "on_singular", "correct_inputs")}
     )
     with context.progress(num_layers(target), f"FlattenQuant on {len(samples)} samples", "layers") as bar:
         return method(target, samples, rule, bits, solver, alpha=config["alpha"], on_layers=bar.update)

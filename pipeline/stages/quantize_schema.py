@@ -151,8 +151,9 @@ class FlattenQuantConfig:
     beta: threshold over the mean of ordinary channels' maxima. threshold: whether 4 bits keep to that. max_expansion:
     columns over channels, before padding. criterion: by which layers get 4 bits, those with the least of it first:
     until int4_share of the linear layers' multiplications are in 4 bits, or those below gamma; the other is null.
-    correct_inputs: before GPTQ, 4-bit layers' weights make up for what rounding takes from their inputs (GPTAQ's
-    asymmetric calibration). Other keys as of SmoothQuant.
+    solver: rtn rounds the flattened weights to the nearest, and nothing below is used. correct_inputs: before GPTQ,
+    4-bit layers' weights make up for what rounding takes from their inputs (GPTAQ's asymmetric calibration). Other keys
+    as of SmoothQuant.
     """
 
     method: str = "flattenquant"
@@ -164,6 +165,7 @@ class FlattenQuantConfig:
     int4_share: float | None = None
     gamma: float | None = None
     weights: FlattenedWeightsConfig = field(default_factory=FlattenedWeightsConfig)
+    solver: Solver = MISSING
     correct_inputs: bool = MISSING
     dampening: float = MISSING
     activation_order: bool = MISSING

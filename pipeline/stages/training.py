@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = "checkpoints"
 LOSS = "loss.jsonl"
-UNKEYED = ("checkpoint_every_seconds", "feature_cache_gb", "prefetch")
-"""Settings that change nothing in the result."""
+UNKEYED = ("checkpoint_every_seconds", "feature_cache_gb", "max_skipped_steps", "prefetch")
+"""Settings that change nothing in the result of a training that ends."""
 PERCENT = 100
 
 

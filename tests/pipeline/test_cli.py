@@ -109,6 +109,24 @@ def test_a_users_error_is_one_line_and_status_2(
     assert "Traceback" in log.read_text()
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("eagle.train.max_seconds=inf", "eagle.train.max_seconds=inf is not finite; give a number that is, or null"),
+        ("quantize.dampening=nan", "quantize.dampening=nan is not finite"),
+        ("generate.temperatures=[0.5,inf]", "generate.temperatures[1]=inf is not finite"),
+        ("threads=0", "threads=0 is out of range; use 1 … 1024"),
+    ],
+)
+def test_a_number_that_no_stage_can_have_is_refused_before_any_runs(
+    elsewhere: Path, override: str, message: str
+) -> None:
+    done = call(elsewhere, ["-m", "pipeline", override])
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {message}")
+    assert "building" not in done.stdout
+
+
 @pytest.mark.parametrize("is_by_variable", [False, True])
 def test_debug_shows_the_traceback_of_a_users_error(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch, *, is_by_variable: bool

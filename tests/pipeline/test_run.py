@@ -160,6 +160,26 @@ def test_a_forced_resumable_stage_starts_from_nothing(bench: Any) -> None:
     assert seen == [[], []]
 
 
+def test_a_forced_build_that_was_interrupted_goes_on_when_it_is_forced_again(bench: Any) -> None:
+    seen: list[list[str]] = []
+
+    def build(context: BuildContext) -> None:
+        seen.append(sorted(path.name for path in context.out.iterdir()))
+        (context.out / f"part {len(seen)}").write_text("x")
+        if len(seen) in (2, 3):
+            raise RuntimeError("stop")
+
+    stage = bench.stage("train", build=build, resumable=True)
+    bench.run([stage])
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            bench.run([stage], force=("train",))
+    bench.run([stage], force=("train",))
+    assert seen == [[], [], ["part 2"], ["part 2", "part 3"]]
+    bench.run([stage], force=("train",))  # that one had ended
+    assert seen[-1] == []
+
+
 def counting(bench: Any, limit: int, **fields: Any) -> Any:
     """A stage that writes as many files as its config says, and continues a smaller one of the same seed."""
 

@@ -49,7 +49,7 @@ def train(
         if run.is_main:
             on_log(run.state.step, {f"heldout/{name}": value for name, value in metrics.items()})
 
-    if is_start_trained and run.state.step == 0:
+    if is_start_trained and not run.state.evaluations:
         evaluate()
         run.save()
     window = LogWindow(run.state)

@@ -26,6 +26,7 @@ from deploy.kernels.reference.layers import (
 )
 from deploy.kernels.reference.linear import GROUP, Linear, quantize_groups
 from deploy.runtime.backend import (
+    NO_TOKEN,
     Forward,
     ForwardTokens,
     Row,
@@ -149,6 +150,9 @@ class ReferenceBackend:
         computed = self.forward(rows, taps, logit_rows=wanted)
         tokens = []
         for logits, row, how, index in zip(computed.logits, wanted, params, indices, strict=True):
+            if not np.isfinite(logits).all():
+                tokens.append(NO_TOKEN)
+                continue
             path = self._caches[rows[row].sequence].path_tokens(row, rows)
             tokens.append(sample(logits, how, position=rows[row].position + 1, path=path, sample_index=index))
         return ForwardTokens(tokens, computed.taps)

@@ -216,12 +216,12 @@ class AutoDrafter:
         return length
 
     def commit(self, sequence: int, tokens: Sequence[int], features: Float32 | None) -> None:
+        now = self._clock()  # a head that reads what others drafted is not held against their round
         for drafter in self._drafters:
             drafter.commit(sequence, tokens, self._states_of(drafter, features))
         finished = self._rounds.pop(sequence, None)
         self._num_committed += 1
         if finished is not None:
-            now = self._clock()
             longest = 1.0 if finished.is_settling else _LONGEST_ROUND
             if not (finished.is_settling and finished.record.is_certain):
                 finished.record.add(len(tokens), (now - finished.begin) * 1e3, longest)

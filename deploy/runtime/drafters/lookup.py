@@ -79,13 +79,12 @@ class LookupDrafter:
         self._indices: dict[int, _Index] = {}
 
     def begin(self, sequence: int, length: int) -> int:
-        index = self._indices.get(sequence)
-        if index is not None and index.length > length:
-            if index.length - length > len(index.replaced):
-                del self._indices[sequence]  # built again in the next draft
-            else:
-                while index.length > length:
-                    index.take_back()
+        index = self._indices.pop(sequence, None)  # an interrupt leaves none; it is built again in the next draft
+        if index is None or index.length - length > len(index.replaced):
+            return length
+        while index.length > length:
+            index.take_back()
+        self._indices[sequence] = index
         return length
 
     def commit(self, sequence: int, tokens: Sequence[int], features: Float32 | None) -> None:
@@ -101,10 +100,11 @@ class LookupDrafter:
 
     def find(self, sequence: int, path: Sequence[int]) -> Match | None:
         """The longest end of `path` that occurred before, at its last occurrence."""
-        index = self._indices.setdefault(sequence, _Index())
+        index = self._indices.pop(sequence, None) or _Index()  # as in `begin`: an interrupt leaves none
         for end in range(max(index.length, 1), len(path)):
             index.add(path, end, self._num_tokens)
         index.length = len(path)
+        self._indices[sequence] = index
         for length in self._num_tokens:
             position = index.followers.get(hash(tuple(path[-length:]))) if len(path) >= length else None
             if position is not None:

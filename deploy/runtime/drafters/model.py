@@ -79,7 +79,7 @@ class EagleDrafter:
         num_read = self.model.length(sequence)
         num_committed = num_read + (len(waiting) if waiting else 0)
         num_rows = min(num_read, max(length - 1, 0))
-        if num_rows < num_read:
+        if num_rows < num_read or length <= num_read:  # then nothing that waits is wanted
             self.model.truncate(sequence, num_rows)
             self._waiting.pop(sequence, None)
             return num_rows

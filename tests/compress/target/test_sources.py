@@ -136,6 +136,8 @@ def test_the_fingerprint_follows_every_file_that_matters(directory: Path) -> Non
     edit(directory, bos_token_id=1)
     changed = source.fingerprint()
     assert {name for name in before if before[name] != changed[name]} == {"config.json"}
+    (directory / "merges.txt").write_text("#version: 0.2\na b\n")  # with vocab.json a tokenizer of its own
+    assert source.fingerprint().keys() - changed.keys() == {"merges.txt"}
 
 
 def test_copying_keeps_weights_and_makes_a_tokenizer_file(directory: Path, tmp_path: Path) -> None:

@@ -114,6 +114,30 @@ def test_closing_early_forgets_everything_and_empties_the_caches(backend: Counti
     assert list(scheduler.answers()) == []
 
 
+def test_an_interrupt_as_a_request_begins_loses_no_sequence(
+    backend: CountingBackend, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, truncate = tiny.tokenizer(), backend.truncate
+    scheduler = Scheduler(backend, tokenizer, range(1), EOS)
+    for text in ("first of some length", "first of some length, and more"):
+        scheduler.submit(request(text, tokenizer))
+    answers = scheduler.answers()
+    next(answers)
+
+    def interrupted(sequence: int, length: int) -> None:
+        truncate(sequence, length)
+        assert backend.length(sequence) > 0
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(backend, "truncate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(answers)
+    assert backend.length(0) == 0
+    number = scheduler.submit(request("another", tokenizer))
+    assert [found for found, _ in scheduler.answers()] == [number]
+
+
 def test_text_is_decoded_alike_with_and_without_a_listener(backend: CountingBackend, tiny: Any) -> None:
     tokenizer, pieces = tiny.tokenizer(), []
     scheduler = Scheduler(backend, tokenizer, range(3), EOS)

@@ -6,9 +6,11 @@ from deploy.formats.bundle import Bundle
 from deploy.formats.errors import BundleError
 from deploy.kernels.reference.model import ReferenceBackend
 from deploy.runtime.backend import Row
+from deploy.runtime.drafters.none import NoDrafter
 from deploy.runtime.generation import GenerationOptions, Request
 from deploy.runtime.sampling import SamplingParams, sample
 from deploy.runtime.session import Session, open_tokenizer
+from deploy.runtime.tree import Draft
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +21,16 @@ def bundle(tmp_path_factory, tiny):
 @pytest.fixture(scope="module")
 def session(bundle):
     return Session.open(bundle, backend="reference-int8")
+
+
+class Knowing(NoDrafter):
+    """Drafts what the text will be, further than is asked for: an answer ends within its draft."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def propose(self, sequence, path, budget, sampling, sample_index):
+        return Draft.chain(self.text[len(path) : len(path) + 3])
 
 
 def options(max_tokens=20, stop=(), **sampling):
@@ -202,6 +214,27 @@ def test_an_interrupt_while_going_back_leaves_the_session_usable(session, monkey
         session.generate(prompt[:3], options(12))
     monkeypatch.undo()
     assert session.generate(prompt, options(12)).token_ids == expected
+
+
+def test_an_interrupt_as_an_answer_ends_within_a_draft_leaves_the_session_usable(session, monkeypatch):
+    prompt = session.encode_raw("Once upon a time")
+    expected = session.generate(prompt, options(12)).token_ids
+    session.use(Knowing([*prompt, *expected]))
+    truncate, lengths = session.backend.truncate, []
+
+    def interrupted(sequence, length):
+        truncate(sequence, length)
+        lengths.append(length)
+        if len(lengths) == 2:  # the first goes back to where prompts differ, the second behind the last token
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.backend, "truncate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.generate(prompt, options(7))
+    monkeypatch.undo()
+    assert lengths[1] == len(prompt) + 6
+    longer = session.generate([*prompt, *expected[:7]], options(5))
+    assert longer.token_ids == expected[7:]
 
 
 def test_two_batches_at_once_are_refused_for_they_would_share_sequences(session):

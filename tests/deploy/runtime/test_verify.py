@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from deploy.formats.bundle import Bundle
+from deploy.runtime.backend import NO_TOKEN, ForwardTokens
 from deploy.runtime.generation import GenerationOptions, Request
 from deploy.runtime.sampling import SamplingParams
 from deploy.runtime.session import Session
@@ -146,6 +147,37 @@ def test_it_takes_the_matching_branch_and_one_token_more(sessions):
     assert found.computed == (4, 5, 6, first.tokens[0], second.tokens[0])
     assert found.features.shape == (5, 2 * backend.shape.hidden_size)
     assert backend.length(5) == 5
+    backend.reset(5)
+
+
+def test_a_drafted_row_without_a_token_ends_no_text_unless_the_text_goes_there(sessions, monkeypatch):
+    backend, sampling = sessions[0].backend, SamplingParams()
+    backend.reset(5)
+    (first,) = verify(backend, [Job(5, 0, [4, 5, 6], Draft(), sampling, 0)])
+    right, wrong = first.tokens[0], (first.tokens[0] + 1) % 263
+    draft, choose = Draft((wrong, right), (ROOT, ROOT)), backend.forward_tokens
+
+    def without(*sick):
+        def forward_tokens(rows, *arguments, token_rows, **named):
+            found = choose(rows, *arguments, token_rows=token_rows, **named)
+            tokens = [
+                NO_TOKEN if rows[row].token in sick and rows[row].position == 3 else token
+                for row, token in zip(token_rows, found.tokens, strict=True)
+            ]
+            return ForwardTokens(tokens, found.taps)
+
+        return forward_tokens
+
+    for sick, message in (((wrong,), None), ((wrong, right), "the logits for position 4 are not finite")):
+        backend.reset(5)
+        monkeypatch.setattr(backend, "forward_tokens", without(*sick))
+        if message is None:
+            (found,) = verify(backend, [Job(5, 0, [4, 5, 6], draft, sampling, 0)])
+            assert found.computed == (4, 5, 6, right)
+            continue
+        with pytest.raises(ValueError, match=message):
+            verify(backend, [Job(5, 0, [4, 5, 6], draft, sampling, 0)])
+        assert backend.length(5) == 0
     backend.reset(5)
 
 

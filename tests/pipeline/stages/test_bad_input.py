@@ -65,6 +65,14 @@ def model(tmp_path: Path) -> Path:
 
 
 HF = ("target=hf", "target.name=x", "target.path=model", "eagle=none", "intermediate=none")
+# What the tiny model's context of 128 holds.
+FITTING = (
+    *HF,
+    "calibrate.sequence_length=64",
+    "generate.max_tokens=32",
+    "generate.self_written.max_tokens=32",
+    "evaluate.max_tokens=32",
+)
 GGUF = ("target=gguf", "target.name=x", "target.path=model.gguf")
 
 
@@ -101,7 +109,7 @@ def test_a_group_size_that_does_not_divide(tmp_path: Path) -> None:
 
 
 def test_a_group_size_that_divides_no_width_of_a_directory(tmp_path: Path, model: Path) -> None:
-    assert_refused(pipeline(tmp_path, *HF, "quantize.group_size=64"), "in_features=96", "down_proj", "use 32")
+    assert_refused(pipeline(tmp_path, *FITTING, "quantize.group_size=64"), "in_features=96", "down_proj", "use 32")
 
 
 TEXT = ("calibrate.text.source=file", "calibrate.text.path=texts.jsonl")
@@ -140,12 +148,12 @@ def on_small_disk(tmp_path: Path, options: str, *overrides: str) -> Done:
 
 
 def test_a_store_on_a_read_only_disk(tmp_path: Path, model: Path) -> None:
-    done = on_small_disk(tmp_path, "ro", *HF, "store=disk/store")
+    done = on_small_disk(tmp_path, "ro", *FITTING, "store=disk/store")
     assert_refused(done, "disk/store: not writable (Read-only file system)", "set store= to a writable directory")
 
 
 def test_bundles_on_a_read_only_disk(tmp_path: Path, model: Path) -> None:
-    done = on_small_disk(tmp_path, "ro", *HF, "bundles=disk/bundles")
+    done = on_small_disk(tmp_path, "ro", *FITTING, "bundles=disk/bundles")
     assert_refused(done, "bundles=disk/bundles: not writable (Read-only file system)", "set bundles= to a writable")
 
 

@@ -14,7 +14,7 @@ import torch
 from deploy.formats.architectures import ModelShape
 from deploy.formats.eagle_record import Owner
 from deploy.formats.speculators import EagleDirectory
-from pipeline.stages.eagle_training import _start_from
+from pipeline.stages.eagle_training import _check_trim, _start_from
 from train.eagle.head import EagleHead
 
 OWNER = Owner("d" * 64, {}, "a" * 64, "0" * 64)
@@ -33,7 +33,7 @@ def new_head(trained: EagleDirectory) -> EagleHead:
 
 def test_it_has_the_weights_and_tells_where_they_are_from(trained: EagleDirectory, embedded_shape: ModelShape) -> None:
     head, target = new_head(trained), SimpleNamespace(shape=embedded_shape)
-    told = _start_from(trained.path, head, target, OWNER, np.arange(8))  # type: ignore[arg-type]
+    told = _start_from(trained.path, head, target, OWNER, np.arange(8), "eagle")  # type: ignore[arg-type]
     assert told == {"content": "c" * 64, "tokens": 77}
     assert torch.equal(head.fc.weight, torch.from_numpy(trained.float32("fc.weight")))
     assert torch.equal(head.lm_head.weight[:4], torch.from_numpy(trained.float32("lm_head.weight")))
@@ -41,6 +41,14 @@ def test_it_has_the_weights_and_tells_where_they_are_from(trained: EagleDirector
 
 
 def test_a_head_for_another_tokenizer_is_refused(trained: EagleDirectory, embedded_shape: ModelShape) -> None:
-    target, other = SimpleNamespace(shape=embedded_shape), replace(OWNER, tokenizer="b" * 64)
-    with pytest.raises(ValueError, match=r"trained for another tokenizer \(aaaa.*\(bbbb.*leave eagle\.initial out"):
-        _start_from(trained.path, new_head(trained), target, other, np.arange(8))  # type: ignore[arg-type]
+    target: Any = SimpleNamespace(shape=embedded_shape)
+    other = replace(OWNER, tokenizer="b" * 64)
+    message = r"trained for another tokenizer \(aaaa.*\(bbbb.*leave eagle_intermediate\.initial out"
+    with pytest.raises(ValueError, match=message):
+        _start_from(trained.path, new_head(trained), target, other, np.arange(8), "eagle_intermediate")
+
+
+def test_a_size_without_room_for_the_end_tokens_is_refused_before_the_training() -> None:
+    _check_trim([64, 2], [7, 9], "eagle")
+    with pytest.raises(ValueError, match=r"^eagle\.vocabulary\.trim=\[64, 1\]: 1 cannot hold the 2 tokens that end"):
+        _check_trim([64, 1], [7, 9, 9], "eagle")

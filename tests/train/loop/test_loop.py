@@ -220,9 +220,11 @@ def test_a_trained_start_is_kept_when_nothing_is_better(tmp_path: Path) -> None:
     assert_equal(trained_state(task.model), before)
 
 
-def test_a_trained_start_is_not_evaluated_again_by_a_resumed_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [1, 5])  # before there is another checkpoint than that of the start, and behind one
+def test_a_trained_start_is_not_evaluated_again_by_a_resumed_run(tmp_path: Path, stop: int) -> None:
     whole = run(TinyTask(), tmp_path / "whole", max_tokens=TOKENS, is_start_trained=True)
-    interrupted_run(tmp_path / "pieces", [5], max_tokens=TOKENS, is_start_trained=True)
+    pieces = interrupted_run(tmp_path / "pieces", [stop], max_tokens=TOKENS, is_start_trained=True)
+    assert [each.step for each in pieces.evaluations] == [each.step for each in whole.evaluations]
     assert_equal(last_state(tmp_path / "pieces"), last_state(tmp_path / "whole"))
     assert whole.evaluations[0].step == 0
 

@@ -155,6 +155,21 @@ def test_reading_what_was_written_without_it_is_not_held_against_a_head():
     assert drafter.rates()["eagle"] == pytest.approx(2 / 3 * 1e3, rel=0.01)
 
 
+def test_a_head_that_reads_between_is_not_held_against_whoever_drafted():
+    """Behind every round without it the head reads for long, which is no part of that round."""
+
+    clock = Clock()
+
+    class Reading(Chain):
+        def commit(self, sequence, tokens, features):
+            clock.now += 50 / 1e3
+
+    head = Reading(3)
+    drafter = AutoDrafter([Candidate("plain", NoDrafter(), 1.0, 2.0), Candidate("eagle", head, 1.0, 3.0)], clock=clock)
+    play(drafter, clock, {0: 2, 3: 3}, {0: 1, 3: 1}, rounds=40)
+    assert drafter.rates()["plain"] == pytest.approx(1 / 2 * 1e3, rel=0.01)
+
+
 def test_a_head_that_is_slow_is_found_out_though_it_reads_first():
     clock = Clock()
     drafter = AutoDrafter(candidates(2.0), clock=clock)

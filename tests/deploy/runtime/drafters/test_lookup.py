@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from deploy.runtime.drafters.lookup import LookupDrafter, Match, copy_onwards
+from deploy.runtime.drafters.lookup import LookupDrafter, Match, _Index, copy_onwards
 from deploy.runtime.sampling import SamplingParams
 
 
@@ -50,6 +50,31 @@ def test_a_copy_runs_into_itself():
         for step in range(20):
             text.append(text[position + step])
         assert copy_onwards(path, position, 20) == text[len(path) :]
+
+
+@pytest.mark.parametrize("interrupted_in", ["find", "begin"])
+def test_an_interrupt_costs_no_later_draft(monkeypatch, interrupted_in):
+    drafter, longer = LookupDrafter({2: 4}), [1, 2, 3] * 20
+    steps = iter([None] * 5 + [KeyboardInterrupt])
+
+    def interrupted(method):
+        def call(*arguments):
+            method(*arguments)
+            if next(steps) is not None:
+                raise KeyboardInterrupt
+
+        return call
+
+    if interrupted_in == "begin":
+        drafter.find(0, longer)
+    with monkeypatch.context() as patched:
+        patched.setattr(_Index, "add", interrupted(_Index.add))
+        patched.setattr(_Index, "take_back", interrupted(_Index.take_back))
+        with pytest.raises(KeyboardInterrupt):
+            drafter.find(0, longer) if interrupted_in == "find" else drafter.begin(0, 40)
+    for text in ([1, 2, 3, 1, 2], [5, 6, 5, 6], longer):
+        drafter.begin(0, 0)
+        assert drafter.find(0, text) == slow_find(text, (2,))
 
 
 @pytest.mark.parametrize("num_tokens", [{}, {0: 3}, {2: 0}, {2: 65}])
