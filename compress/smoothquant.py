@@ -6,6 +6,7 @@ Deviations: the library takes a channel's range for max|X_j| and twice max|W_j|,
 times the paper's s_j, a constant that the norm takes back; α is the one of a list whose model is nearest to the target.
 """
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ def smoothquant(
     alpha = min(divergences, key=lambda each: divergences[each], default=alphas[0])
     model = load_model(model_dir)
     smooth(model, samples, alpha)
-    fallen_back = run_recipe(model, recipe_modifier(rule, rule.solver), samples, on_layers)
+    fallen_back = _quantize(model, rule, rule.solver, samples, on_layers)
     return QuantizedLayers(
         read_grids(model),
         counted_fallbacks(fallen_back),
@@ -75,7 +76,20 @@ def smoothquant(
 
 def smooth(model: PreTrainedModel, samples: Sequence[Sequence[int]], alpha: float) -> None:
     """Smooths the model in place; it computes what it did. alpha: from 0, nothing of the inputs' range, to 1, all."""
-    run_recipe(model, SmoothQuantModifier(smoothing_strength=alpha), samples)
+    # A smoothed layer passes on what it did, so none need run again for it.
+    run_recipe(model, SmoothQuantModifier(smoothing_strength=alpha), samples, only_watches=True)
+
+
+def _quantize(
+    model: PreTrainedModel,
+    rule: SmoothQuantRule,
+    solver: Solver,
+    samples: Sequence[Sequence[int]],
+    on_layers: Callable[[int], None] | None = None,
+) -> list[str]:
+    """In place; the layers that fell back. Samples are run only where something is learnt from them."""
+    learns = solver == "gptq" or rule.activations.scope == "tensor" or rule.observer == "imatrix_mse"
+    return run_recipe(model, recipe_modifier(rule, solver), samples if learns else None, on_layers)
 
 
 def norm_weights(model: PreTrainedModel) -> dict[str, np.ndarray]:
@@ -98,8 +112,10 @@ def _divergence(model_dir: Path, samples: Sequence[Sequence[int]], rule: SmoothQ
     """KL(target ‖ model) on the samples, of the model that they and rounding give at `alpha`."""
     model = load_model(model_dir)
     smooth(model, samples, alpha)
-    run_recipe(model, recipe_modifier(rule, "rtn"), samples)
+    _quantize(model, rule, "rtn", samples)
     layers, inputs, norms = read_grids(model), read_inputs(model, rule.activations), norm_weights(model)
+    del model
+    gc.collect()  # it refers to itself, and three would not fit
     model = load_model(model_dir)
     for name, value in norms.items():
         model.get_parameter(name).data.copy_(torch.from_numpy(value))

@@ -26,7 +26,7 @@ VERSIONS = {
     "export": 6,
 }
 """Raised when a stage's code gives other bytes."""
-METHOD_REVISIONS = {"smoothquant": 1, "flattenquant": 3}
+METHOD_REVISIONS = {"smoothquant": 2, "flattenquant": 4}
 """Added to VERSIONS["quantize"], so that a change to one method leaves the others' models as they are."""
 
 

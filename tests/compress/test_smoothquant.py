@@ -166,3 +166,17 @@ def test_two_runs_give_the_same_bits(directory: Path, samples: list[list[int]]) 
         np.testing.assert_array_equal(weight.q, second.layers[name].q, err_msg=name)
     for name, norm in first.norms.items():
         np.testing.assert_array_equal(norm, second.norms[name], err_msg=name)
+
+
+@pytest.mark.parametrize("scope", ["token", "tensor"])
+def test_samples_that_teach_nothing_need_not_be_run(directory: Path, samples: list[list[int]], scope: str) -> None:
+    found = quantized(directory, samples, rule(scope=scope))
+    model = load_model(directory)
+    smooth(model, samples, 0.5)
+    run_recipe(model, recipe_modifier(rule(scope=scope), "rtn"), samples)
+    for name, weight in read_grids(model).items():
+        np.testing.assert_array_equal(found.layers[name].q, weight.q, err_msg=name)
+        np.testing.assert_array_equal(found.layers[name].scale, weight.scale, err_msg=name)
+    for name, inputs in read_inputs(model, rule(scope=scope).activations).items():
+        assert found.inputs[name].equals(inputs)
+        assert (inputs.scale is None) == (scope == "token")
