@@ -2,9 +2,11 @@
 
     python -m benchmarks.frontier [--shares 0,0.25,0.4829,0.75,1 | --gammas 0.2,0.28] [--no-smoothquant] [--json OUT]
         [OVERRIDE…]
+    python -m benchmarks.frontier --model DIRECTORY [--json OUT] [OVERRIDE…]
 
 Overrides are those of `python -m pipeline`, e.g. store=… target=… quantize.weights.group_size=32; finished stages are
-reused. 48.29 % is the paper's share (arXiv 2402.17985). SmoothQuant's W8A8 is measured beside.
+reused. 48.29 % is the paper's share (arXiv 2402.17985). SmoothQuant's W8A8 is measured beside. --model measures a model
+directory that is there, on the same held-out text: one from an artifact, or from a run that did not come to its end.
 """
 
 from __future__ import annotations
@@ -21,9 +23,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from benchmarks.machine import write_json
+from deploy.formats.model_dir import ModelDirectory
+from deploy.formats.packed import GroupedInt
 from pipeline.cli import config_directory, run_config
+from pipeline.progress import show_progress
 from pipeline.schema import Config, register
 from pipeline.stages.graph import build_graph
+from pipeline.stages.quality import measure_quality
+from pipeline.stages.quantize_inputs import input_figures
 
 ALONE = ("quality=none", "eagle=none", "intermediate=none", "evaluate=none")
 PLACES = ("store=", "bundles=", "threads=", "target.path=")
@@ -40,6 +47,23 @@ def measure(*overrides: str) -> dict[str, Any]:
         "stats": json.loads((paths["quantize"] / "stats.json").read_text(encoding="utf-8")),
         "quality": json.loads((paths["quality"] / "quality.json").read_text(encoding="utf-8")),
     }
+
+
+def measure_directory(model: Path, *overrides: str) -> dict[str, Any]:
+    """The same of a model directory, as far as its files tell; the configuration has the target and the texts."""
+    paths = finished(configuration("stage=calibrate", *overrides))
+    num_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    quality = measure_quality(model, paths["target"] / "model", paths["calibrate"], show_progress)
+    return {"stats": {"inputs": read_figures(model), "num_bytes": num_bytes}, "quality": quality}
+
+
+def read_figures(model: Path) -> dict[str, float]:
+    """`inputs` of stats.json, as far as a model directory tells."""
+    with ModelDirectory.open(model) as files:
+        found = {name: (files.linear(name), files.inputs(name)) for name in files.layers}
+    layers = {name: weight for name, (weight, _) in found.items() if isinstance(weight, GroupedInt)}
+    inputs = {name: how for name, (_, how) in found.items() if how is not None and name in layers}
+    return input_figures(layers, inputs)
 
 
 def configuration(*overrides: str) -> Config:
@@ -93,6 +117,7 @@ def main() -> None:
     wanted.add_argument("--shares", type=numbers, default=list(SHARES))
     wanted.add_argument("--gammas", type=numbers, help="instead of shares")
     parser.add_argument("--no-smoothquant", action="store_true", help="FlattenQuant alone")
+    wanted.add_argument("--model", type=Path, help="measure this model directory alone")
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
@@ -100,6 +125,12 @@ def main() -> None:
     register()
     told = [override for override in arguments.overrides if not override.startswith(PLACES)]
     result: dict[str, Any] = {"overrides": told}
+    if arguments.model is not None:
+        found = measure_directory(arguments.model, *arguments.overrides)
+        result["model"], result["source"] = point(found), found["quality"]["source"]
+        show(str(arguments.model), result["model"], result["source"])
+        write_json(arguments.json, result)
+        return
     if not arguments.no_smoothquant:
         shared = [o for o in arguments.overrides if not o.startswith("quantize.") or o.startswith(OF_BOTH)]
         found = measure("quantize=smoothquant", *shared)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def build(source: Source, key: str, context: BuildContext) -> None:
         result = _METHODS[context.config["method"]](context, target, source)
     except SettingError as error:
         raise ValueError(f"{key}.{error}") from error
+    gc.collect()  # llmcompressor's models refer to themselves, and what is measured next needs their memory
     write_quantized(target, result.layers, context.out / "model", inputs=result.inputs, norms=result.norms)
     stats = {
         "method": context.config["method"],

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from compress.grids import QuantizedLayers, WeightGrid
 from compress.target.sources import Source
+from deploy.formats.activations import LayerInputs
+from deploy.formats.packed import GroupedInt
 from pipeline.graph import BuildContext
 from pipeline.stages.calibrate import SAMPLES
 
@@ -98,13 +101,14 @@ def describe_layers(
         weight, inputs = result.layers[name], result.inputs[name]
         form = {"bits": weight.bits, "input_bits": inputs.grid.bits, "columns": weight.shape[1]}
         layers[name] = {**form, **error.as_dict(), **result.notes.get("choice", {}).get(name, {})}
-    return {**_figures(result), **_saturation(layers), **_chosen(result)}, layers
+    return {**input_figures(result.layers, result.inputs), **_saturation(layers), **_chosen(result)}, layers
 
 
-def _figures(result: QuantizedLayers) -> dict[str, float]:
+def input_figures(layers: Mapping[str, GroupedInt], inputs_of: Mapping[str, LayerInputs]) -> dict[str, float]:
+    """int4_share and expansion, as of `describe_layers`. layers, inputs_of: by module name."""
     num_int4 = num_all = num_before = 0
-    for name, inputs in result.inputs.items():
-        weight = result.layers[name]
+    for name, inputs in inputs_of.items():
+        weight = layers[name]
         num_out, num_columns = weight.shape
         num_all += num_out * num_columns
         num_before += num_out * (inputs.num_channels or num_columns)

@@ -161,6 +161,14 @@ def test_the_figures_are_those_of_the_files(built: Any) -> None:
         assert stats["inputs"]["alpha"] in (0.3, 0.7)
 
 
+def test_shares_are_read_back_from_the_model_alone(built: Any) -> None:
+    from benchmarks.frontier import read_figures
+
+    stats = json.loads((built.out / "stats.json").read_text())
+    found = read_figures(built.out / "model")
+    assert found == {key: pytest.approx(stats["inputs"][key]) for key in ("int4_share", "expansion")}
+
+
 def test_layers_errors_and_saturation_are_told_and_the_manifest_stays_short(built: Any) -> None:
     stats = json.loads((built.out / "stats.json").read_text())
     for told in stats["layers"].values():
