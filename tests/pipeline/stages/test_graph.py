@@ -306,23 +306,6 @@ def test_values_that_make_no_sense_for_quantized_inputs_are_refused(
         stage.check(stage.config)
 
 
-@pytest.mark.parametrize(
-    ("instance", "override", "message"),
-    [
-        ("calibrate", "calibrate.sequence_length=20000", r"calibrate\.sequence_length=20000 exceeds the .* of 8192"),
-        ("generate", "generate.max_tokens=8130", r"generate\.max_tokens=8130 behind a prompt of 64 or more exceeds"),
-        ("evaluate", "evaluate.max_tokens=8192", r"evaluate\.max_tokens=8192 behind a prompt of 1 or more exceeds"),
-    ],
-)
-def test_what_no_context_of_the_target_holds_is_refused_before_any_work(
-    graph: Graph, instance: str, override: str, message: str
-) -> None:
-    stage = graph(override)[instance]
-    assert stage.check is not None
-    with pytest.raises(ValueError, match=message):
-        stage.check(stage.config)
-
-
 @pytest.mark.parametrize("method", ["smoothquant", "flattenquant"])
 def test_an_observer_by_calibrated_inputs_is_refused_for_rounding(graph: Graph, method: str) -> None:
     overrides = (f"quantize={method}", "quantize.solver=rtn", "quantize.weights.observer=imatrix_mse")
@@ -374,6 +357,9 @@ def test_an_observer_by_calibrated_inputs_is_refused_for_rounding(graph: Graph, 
         ("evaluate", "evaluate.max_tokens=0", r"evaluate\.max_tokens=0 must be 1 or more"),
         ("evaluate", "evaluate.repeats=0", r"evaluate\.repeats=0 must be 1 or more"),
         ("evaluate", "evaluate.temperature=0", r"evaluate\.temperature=0.* must be 0\.001 … 100"),
+        ("calibrate", "calibrate.sequence_length=20000", r"calibrate\.sequence_length=20000 exceeds the .* of 8192"),
+        ("generate", "generate.max_tokens=8130", r"generate\.max_tokens=8130 behind a prompt of 64 or more exceeds"),
+        ("evaluate", "evaluate.max_tokens=8192", r"evaluate\.max_tokens=8192 behind a prompt of 1 or more exceeds"),
         ("export", "name=a/b", r"name=a/b is not a plain file name"),
         ("export", "bundles=/proc/nowhere", r"bundles=/proc/nowhere: not writable .*set bundles= to a writable"),
     ],
