@@ -1,11 +1,12 @@
 """Whether every way to decode gives plain decoding's tokens: all modes, many prompts, several samplings.
 
     python -m benchmarks.identity BUNDLE --prompts FILE.jsonl [--limit 208] [--tokens 256] [--modes …]
-        [--samplings "greedy,temperature 0.7,temperature 1.0"] [--json OUT]
+        [--samplings "greedy,temperature 0.7,temperature 1.0"] [--threads 2] [--json OUT]
 
 Answers are made several at a time, so that drafts of several sequences share a forward with prompts being read; plain
 answers one at a time. Stop strings are taken from the plain answers, so that they do occur. OUT is written after each
-mode; what it has of the same bundle, prompts and tokens stays, and is not done again.
+mode; what it has of the same bundle, prompts and tokens stays, and is not done again, so runs of one thread with other
+samplings or modes can share it.
 """
 
 from __future__ import annotations
@@ -101,34 +102,36 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--modes", type=lambda text: text.split(","), help="default: all that the bundle can do")
     parser.add_argument("--samplings", type=lambda text: text.split(","), default=list(SAMPLINGS))
+    parser.add_argument("--threads", type=int, help="default: the cores")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.samplings if name not in SAMPLINGS]:
         parser.error(f"--samplings {','.join(unknown)}: only {', '.join(SAMPLINGS)}")
     bundle = Bundle.open(arguments.bundle)
     modes = [mode for mode in choose_modes(parser, arguments.modes, bundle) if mode != "plain"]
-    session = Session.open(bundle)
-    factory = DrafterFactory(bundle, session.backend, "cpu", None)
+    session = Session.open(bundle, threads=arguments.threads)
+    factory = DrafterFactory(bundle, session.backend, "cpu", arguments.threads)
     records = read_prompts(arguments.prompts)[: arguments.limit]
     room = session.backend.shape.context_length - arguments.tokens
     prompts = [session.encode_chat([{"role": "user", "content": record.turns[0]}])[:room] for record in records]
-    result: dict[str, Any] = {"bundle": arguments.bundle.name, "prompts": len(prompts), "tokens": arguments.tokens}
-    result["samplings"] = done_before(arguments.json, result)
-    result["machine"] = fingerprint(session.backend.runtime)  # type: ignore[attr-defined]
+    wanted = {"bundle": arguments.bundle.name, "prompts": len(prompts), "tokens": arguments.tokens}
+    machine = fingerprint(session.backend.runtime)  # type: ignore[attr-defined]
+    samplings = done_before(arguments.json, wanted)
     for name in arguments.samplings:
-        found = result["samplings"].setdefault(name, {})
-        missing = [mode for mode in modes if mode not in found]
+        missing = [mode for mode in modes if mode not in samplings.get(name, {})]
         print(f"{name}: {', '.join(missing) or 'all done before'}", flush=True)
         if not missing:
             continue
         options = [GenerationOptions(arguments.tokens, sampling) for sampling in SAMPLINGS[name]]
         requests = [Request(prompt, options[index % len(options)]) for index, prompt in enumerate(prompts)]
         for mode, figures in compare(session, factory, missing, requests):
-            found[mode] = figures
-            write_json(arguments.json, result)
-    all_found = [found for by_mode in result["samplings"].values() for found in by_mode.values()]
+            if arguments.json:
+                samplings = done_before(arguments.json, wanted)
+            samplings.setdefault(name, {})[mode] = figures
+            write_json(arguments.json, {**wanted, "samplings": samplings, "machine": machine})
+    all_found = [found for by_mode in samplings.values() for found in by_mode.values()]
     if any(found["same"] != found["total"] for found in all_found):
-        raise SystemExit("some answers differ from plain decoding's: a bug\n" + json.dumps(result, indent=2))
+        raise SystemExit("some answers differ from plain decoding's: a bug\n" + json.dumps(samplings, indent=2))
 
 
 if __name__ == "__main__":
