@@ -5,8 +5,9 @@
     python -m benchmarks.frontier --model DIRECTORY [--json OUT] [OVERRIDE…]
 
 Overrides are those of `python -m pipeline`, e.g. store=… target=… quantize.weights.group_size=32; finished stages are
-reused. 48.29 % is the paper's share (arXiv 2402.17985). SmoothQuant's W8A8 is measured beside. --model measures a model
-directory that is there, on the same held-out text: one from an artifact, or from a run that did not come to its end.
+reused, so sites are measured once for all shares. 48.29 % is the paper's share (arXiv 2402.17985). SmoothQuant's W8A8
+is measured beside. --model measures a model directory that is there, on the same held-out text: one from an artifact,
+or from a run that did not come to its end.
 """
 
 from __future__ import annotations

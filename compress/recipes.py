@@ -75,7 +75,7 @@ class CountingGPTQ(GPTQModifier):
                     f"on_singular=error: {self._rtn_fallback_module_names[0]} has a singular Hessian; calibrate on more"
                     " samples, raise dampening, or choose on_singular=rtn"
                 )
-            _on_layers(1)
+            report_layers(1)
 
     def round_only(self, module: torch.nn.Module) -> None:
         """Counts a layer as fallen back and gives it the Hessian under which GPTQ rounds to nearest.
@@ -89,6 +89,11 @@ class CountingGPTQ(GPTQModifier):
 _fallen_back: list[str] = []
 """Modifiers are built anew from their recipe inside the library, so what they saw is handed out here."""
 _on_layers: Callable[[int], None] = lambda num_layers: None  # noqa: E731
+
+
+def report_layers(num_layers: int) -> None:
+    """For modifiers: so many layers are done, for the progress of the run they are in."""
+    _on_layers(num_layers)
 
 
 def weight_scheme(
@@ -141,7 +146,7 @@ def run_recipe(
 ) -> list[str]:
     """Runs one modifier over the model, in place; returns the layers that fell back.
 
-    samples: calibration token ids, where it calibrates. on_layers: called with the number of layers that GPTQ just did.
+    samples: calibration token ids, where it calibrates. on_layers: called with the number of layers that are just done.
     only_watches: the modifier changes nothing before all samples have passed, so each layer need not run again to find
     what it passes on.
     """

@@ -1,15 +1,18 @@
-"""FlattenQuant from a model directory to grids: watch and decide, flatten, then round the flattened layers."""
+"""FlattenQuant from a model directory to grids: measure sites; then decide, flatten and round the flattened layers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from transformers import PreTrainedModel
 
 from compress.flattenquant.bits import BitsRule
 from compress.flattenquant.choice import BITS, FlattenRule
 from compress.flattenquant.modifier import FlattenedGPTQ, FlattenLinear, FlattenQuantModifier
+from compress.flattenquant.watcher import SiteWatcher
 from compress.grids import QuantizedLayers, WeightGrid
 from compress.oneshot import SingularPolicy, counted_fallbacks
 from compress.recipes import load_model, read_grids, run_recipe, weight_scheme
@@ -33,10 +36,30 @@ class SolverRule:
     correct_inputs: bool
 
 
+def measure_sites(
+    model_dir: Path,
+    samples: Sequence[Sequence[int]],
+    rule: FlattenRule,
+    directory: Path,
+    *,
+    alpha: float | None,
+    on_layers: Callable[[int], None],
+) -> None:
+    """What every site can have with 4 bits and with 8, as files in `directory` (`site_files`); those there stay.
+
+    samples: calibration token ids. alpha: SmoothQuant's strength, where channels are smoothed before they are split.
+    on_layers: called with the number of layers just done.
+    """
+    model, _ = _smoothed(model_dir, samples, alpha)
+    watcher = SiteWatcher(**asdict(rule), num_samples=len(samples), directory=directory)
+    run_recipe(model, watcher, samples, on_layers, only_watches=True)
+
+
 def flattenquant(
     model_dir: Path,
     samples: Sequence[Sequence[int]],
     rule: FlattenRule,
+    sites: Path,
     bits: BitsRule,
     solver: SolverRule,
     *,
@@ -45,17 +68,11 @@ def flattenquant(
 ) -> QuantizedLayers:
     """A model whose layers have 4- or 8-bit weights and inputs, every input with one scale for its whole layer.
 
-    samples: calibration token ids. alpha: SmoothQuant's strength, where channels are smoothed before they are split.
-    on_layers: called with the number of layers just done. Raises SettingError when a Hessian is singular and
-    solver.on_singular is "error".
+    samples, rule, alpha: those of `measure_sites`, which left its files in `sites`. on_layers: called with the number
+    of layers just done. Raises SettingError when a Hessian is singular and solver.on_singular is "error".
     """
-    model = load_model(model_dir)
-    norms = {}
-    if alpha is not None:
-        smooth(model, samples, alpha)
-        norms = norm_weights(model)
-    watching = FlattenQuantModifier(**asdict(rule), **asdict(bits), num_samples=len(samples))
-    run_recipe(model, watching, samples, only_watches=True)
+    model, norms = _smoothed(model_dir, samples, alpha)
+    run_recipe(model, FlattenQuantModifier(**asdict(bits), sites=sites))
     flattened = {name: module for name, module in model.named_modules() if isinstance(module, FlattenLinear)}
     fields: dict[str, Any] = {"config_groups": _groups(flattened, rule), "ignore": ["lm_head"]}
     if solver.solver == "rtn":
@@ -81,6 +98,17 @@ def flattenquant(
             "choice": {name: _choice(module) for name, module in flattened.items()},
         },
     )
+
+
+def _smoothed(
+    model_dir: Path, samples: Sequence[Sequence[int]], alpha: float | None
+) -> tuple[PreTrainedModel, dict[str, np.ndarray]]:
+    """The model, and what its norms have become; none where alpha is None."""
+    model = load_model(model_dir)
+    if alpha is None:
+        return model, {}
+    smooth(model, samples, alpha)
+    return model, norm_weights(model)
 
 
 def _groups(flattened: dict[str, FlattenLinear], rule: FlattenRule) -> dict[str, Any]:

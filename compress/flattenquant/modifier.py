@@ -1,11 +1,12 @@
-"""FlattenQuant as a modifier of llmcompressor: it watches inputs, decides, and puts FlattenLinear where nn.Linear was.
+"""FlattenQuant as modifiers of llmcompressor: one puts FlattenLinear where nn.Linear was, one is its GPTQ.
 
 All modifiers of a recipe are initialized before any calibration, so one that makes modules needs a oneshot of its own
-before GPTQ's. GPTQ then finds `inner`, whose inputs are the quantized copies that the runtime will compute.
+before GPTQ's. GPTQ then finds `inner`, whose inputs are the quantized copies that the runtime will compute. What the
+first decides by was measured before, by a third (`watcher`).
 """
 
 from collections.abc import Callable
-from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,15 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from compress.flattenquant.bits import BitsRule, Cost, Criterion, criterion_value
-from compress.flattenquant.choice import Flattening, FlattenRule, SiteOptions, Threshold, site_options
+from compress.flattenquant.choice import Flattening, SiteOptions
 from compress.flattenquant.correction import MULTIPLES, Products, best_dampening, weight_change
 from compress.flattenquant.flatten import copy_numbers
-from compress.grids import WeightGrid
+from compress.flattenquant.site_files import read_options, site_file
+from compress.flattenquant.watcher import linear_sites
 from compress.quantized_inputs import InputQuantizedLinear, QuantizedInputs, linear_with
-from compress.recipes import CountingGPTQ, rounded
+from compress.recipes import CountingGPTQ
 from compress.sites import input_sites
 from deploy.formats.activations import ActivationGrid, LayerInputs
-
-ROWS_PER_SITE = 256
-"""Inputs on which a site's errors are measured, the same number from every sample, none of them a sample's first."""
 
 
 class FlattenLinear(InputQuantizedLinear):
@@ -47,98 +46,34 @@ class FlattenLinear(InputQuantizedLinear):
         self.correction_dampening: float | None = None
 
 
-class _Inputs:
-    """What is known of a site's inputs: the largest value of each channel, and some rows."""
-
-    def __init__(self) -> None:
-        self.channel_max: Tensor | None = None
-        self.rows: list[Tensor] = []
-
-    def add(self, x: Tensor, num_rows: int) -> None:
-        """x: [tokens, C], of which `num_rows` are kept, evenly spread.
-
-        The first token's, which is like no other, is not kept where there is another.
-        """
-        found = x.abs().amax(0)
-        self.channel_max = found if self.channel_max is None else torch.maximum(self.channel_max, found)
-        later = x[1:] if len(x) > 1 else x
-        num_kept = min(num_rows, len(later))
-        places = (2 * torch.arange(num_kept) + 1) * len(later) // (2 * num_kept)
-        self.rows.append(later[places].clone())
-
-
 class FlattenQuantModifier(Modifier):
-    """Flattens every linear layer but the head.
+    """Puts FlattenLinear in the place of every linear layer but the head.
 
-    Fields as of FlattenRule and BitsRule; num_samples: of the calibration.
+    Fields as of BitsRule; sites: the directory in which `watcher` left what each site can have.
     """
 
-    requires_calibration_data: bool = True
-    beta: float
-    threshold: Threshold
-    max_expansion: float
-    group_size: int | None
-    symmetric: bool
-    observer: str
     criterion: Criterion
     gamma: float | None
     int4_share: float | None
-    num_samples: int
-
-    _sites: list[tuple[str, ...]] = PrivateAttr(default_factory=list)
-    _inputs: dict[str, _Inputs] = PrivateAttr(default_factory=dict)
-    _options: dict[str, SiteOptions] = PrivateAttr(default_factory=dict)
+    sites: Path
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        names = [
-            n for n, m in state.model.named_modules() if isinstance(m, nn.Linear) and n.startswith("model.layers.")
-        ]
-        self._sites = input_sites(names)
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        for first, *_ in self._sites:
-            self._inputs[first] = _Inputs()
-            self.register_hook(state.model.get_submodule(first), self._watch(first), "forward")
-
-    def on_sequential_epoch_end(self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any) -> None:
-        """Measures the sites that the samples have passed, so that their rows need not be kept."""
-        rule = FlattenRule(**{field.name: getattr(self, field.name) for field in fields(FlattenRule)})
-        for first, *others in self._sites:
-            seen = self._inputs.get(first)
-            if seen is None or seen.channel_max is None:
-                continue
-            linears: list[Any] = [state.model.get_submodule(name) for name in (first, *others)]
-            layers = [(linear.weight.data, None if linear.bias is None else linear.bias.data) for linear in linears]
-            self._options[first] = site_options(seen.channel_max, torch.cat(seen.rows), layers, rule, self._round)
-            del self._inputs[first]
-
-    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        self.remove_hooks()
-        costs = {site: self._cost(site, state.model) for site in self._sites}
+        options = {site: read_options(site_file(self.sites, site[0])) for site in linear_sites(state.model)}
+        costs = {site: self._cost(site, found, state.model) for site, found in options.items()}
         gamma = BitsRule(self.criterion, self.gamma, self.int4_share).threshold(list(costs.values()))
         for site, cost in costs.items():
-            flattening = Flattening(self._options[site[0]], 4 if cost.value < gamma else 8, gamma)
+            flattening = Flattening(options[site], 4 if cost.value < gamma else 8, gamma)
             for name in site:
                 linear: Any = state.model.get_submodule(name)
                 state.model.set_submodule(name, FlattenLinear(linear, flattening))
 
-    def _cost(self, site: tuple[str, ...], model: nn.Module) -> Cost:
-        options = self._options[site[0]]
+    def _cost(self, site: tuple[str, ...], options: SiteOptions, model: nn.Module) -> Cost:
         num_out = sum(model.get_submodule(name).get_parameter("weight").shape[0] for name in site)
         int4, int8 = (num_out * len(options.splits[bits].index) for bits in (4, 8))
         return Cost(criterion_value(options.errors, self.criterion), int4, int8)
-
-    def _round(self, weight: Tensor, inputs: Tensor, bits: int) -> Tensor:
-        return rounded(weight, inputs, WeightGrid(bits, self.group_size, self.symmetric), self.observer)
-
-    def _watch(self, name: str) -> Callable[..., None]:
-        rows_per_sample = -(-ROWS_PER_SITE // self.num_samples)
-
-        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], _output: Tensor) -> None:
-            self._inputs[name].add(arguments[0].detach().flatten(0, -2), rows_per_sample)
-
-        return hook
 
 
 class _Halves:

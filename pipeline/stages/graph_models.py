@@ -8,7 +8,7 @@ from typing import Any
 
 from compress.target.sources import Source
 from pipeline.graph import Stage, lazy
-from pipeline.stages import calibrate
+from pipeline.stages import calibrate, sites
 from pipeline.stages.context_check import ReadShape, check_fits_context
 from pipeline.stages.quantize_check import CALIBRATED
 
@@ -16,6 +16,7 @@ TORCH = ("torch", "transformers")
 VERSIONS = {
     "target": 2,
     "calibrate": 1,
+    "sites": 1,
     "quantize": 1,
     "quality": 1,
     "generate": 1,
@@ -74,9 +75,11 @@ def quantize_stage(
 ) -> Stage:
     """A quantized model. name: the variant's. source: of the model, for a method that takes its grid.
 
-    inputs: `target`, the model; `calibrate`.
+    inputs: `target`, the model; `calibrate`. FlattenQuant has a stage before it, which measures sites.
     """
     is_calibrated = config["method"] in CALIBRATED
+    if config["method"] == "flattenquant":
+        inputs = {**inputs, "sites": _sites_stage(name, config, inputs, check)}
     return stage_of(
         "quantize",
         name,
@@ -86,6 +89,23 @@ def quantize_stage(
         packages=_quantize_packages(config),
         check=check,
         revision=METHOD_REVISIONS.get(config["method"], 0),
+    )
+
+
+def _sites_stage(
+    name: str, config: dict[str, Any], inputs: dict[str, Stage], check: Callable[[dict[str, Any]], None]
+) -> Stage:
+    """What FlattenQuant can do with every site of the model; arguments as of `quantize_stage`."""
+    return Stage(
+        name="sites",
+        instance=role_of("sites", name),
+        version=VERSIONS["sites"],
+        config=sites.keyed(config),
+        build=lazy("pipeline.stages.sites:build"),
+        inputs={role: inputs[role] for role in ("target", "calibrate")},
+        packages=_quantize_packages(config),
+        check=lambda _keyed: check(config),
+        resumable=True,
     )
 
 

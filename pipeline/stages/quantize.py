@@ -16,10 +16,10 @@ from pipeline.stages.quantize_inputs import (
     OBSERVERS,
     calibration_ids,
     describe_layers,
-    flattenquant,
     num_layers,
     smoothquant,
 )
+from pipeline.stages.sites import flattenquant
 
 TWIN_GRID = WeightGrid(bits=4, group_size=32, symmetric=False)
 

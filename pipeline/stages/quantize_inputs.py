@@ -55,28 +55,6 @@ def smoothquant(context: BuildContext, target: Path, source: Source) -> Quantize
         )
 
 
-def flattenquant(context: BuildContext, target: Path, source: Source) -> QuantizedLayers:
-    """FlattenQuant, and its solver on the flattened weights."""
-    from compress.flattenquant.bits import BitsRule
-    from compress.flattenquant.choice import FlattenRule
-    from compress.flattenquant.method import SolverRule
-    from compress.flattenquant.method import flattenquant as method
-
-    config, samples, weights = context.config, calibration_ids(context), context.config["weights"]
-    rule = FlattenRule(
-        group_size=weights["group_size"],
-        symmetric=weights["symmetric"],
-        observer=OBSERVERS[weights["observer"]],
-        **{key: config[key] for key in ("beta", "threshold", "max_expansion")},
-    )
-    bits = BitsRule(**{key: config[key] for key in ("criterion", "gamma", "int4_share")})
-    solver = SolverRule(
-        **{key: config[key] for key in ("solver", "dampening", "activation_order", "on_singular", "correct_inputs")}
-    )
-    with context.progress(num_layers(target), f"FlattenQuant on {len(samples)} samples", "layers") as bar:
-        return method(target, samples, rule, bits, solver, alpha=config["alpha"], on_layers=bar.update)
-
-
 def describe_layers(
     context: BuildContext, target: Path, result: QuantizedLayers
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,11 @@ import pytest
 import torch
 
 from compress.errors import SettingError
+from compress.flattenquant import watcher as watcher_module
 from compress.flattenquant.bits import BitsRule, Criterion
 from compress.flattenquant.choice import FlattenRule
-from compress.flattenquant.method import SolverRule, flattenquant
-from compress.flattenquant.modifier import FlattenLinear, FlattenQuantModifier
+from compress.flattenquant.method import SolverRule, flattenquant, measure_sites
+from compress.flattenquant.watcher import SiteWatcher
 from compress.grids import QuantizedLayers
 from compress.layer_errors import measure_layers, smooth_as
 from compress.load import load_float32
@@ -52,8 +54,14 @@ def quantized(
     **changes: Any,
 ) -> QuantizedLayers:
     fields = {"solver": "gptq", "dampening": 0.01, "activation_order": True, "on_singular": "error"}
-    solver = SolverRule(correct_inputs=correct_inputs, **(fields | changes))
-    return flattenquant(directory, samples, how or rule(), bits, solver, alpha=alpha, on_layers=lambda num_layers: None)
+    solver, how = SolverRule(correct_inputs=correct_inputs, **(fields | changes)), how or rule()
+    with TemporaryDirectory() as sites:
+        measure_sites(directory, samples, how, Path(sites), alpha=alpha, on_layers=silent)
+        return flattenquant(directory, samples, how, Path(sites), bits, solver, alpha=alpha, on_layers=silent)
+
+
+def silent(num_layers: int) -> None:
+    """No progress."""
 
 
 def divergence(directory: Path, layers: QuantizedLayers, samples: list[list[int]], out: Path) -> float:
@@ -198,19 +206,44 @@ def test_every_layer_is_made_as_its_choice_says(directory: Path, samples: list[l
     assert (False in widths) == (threshold == "search")
 
 
-def test_a_pass_in_which_nothing_changes_need_not_be_repeated(directory: Path, samples: list[list[int]]) -> None:
-    decided = []
+def test_a_pass_in_which_nothing_changes_need_not_be_repeated(
+    directory: Path, samples: list[list[int]], tmp_path: Path
+) -> None:
     for only_watches in (True, False):
-        model = load_model(directory)
-        bits = BitsRule("error", None, 0.5)
-        modifier = FlattenQuantModifier(**asdict(rule()), **asdict(bits), num_samples=len(samples))
-        run_recipe(model, modifier, samples, only_watches=only_watches)
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, FlattenLinear)}
-        decided.append({name: (layer.flattening.options.errors, layer.expand.inputs) for name, layer in layers.items()})
-    assert len(decided[0]) == 14
-    for name, (errors, inputs) in decided[0].items():
-        assert errors == decided[1][name][0]
-        assert inputs.equals(decided[1][name][1])
+        (tmp_path / str(only_watches)).mkdir()
+        watcher = SiteWatcher(**asdict(rule()), num_samples=len(samples), directory=tmp_path / str(only_watches))
+        run_recipe(load_model(directory), watcher, samples, only_watches=only_watches)
+    once, twice = ({path.name: path.read_bytes() for path in (tmp_path / each).iterdir()} for each in ("True", "False"))
+    assert len(once) == 8
+    assert once == twice
+
+
+def test_measuring_goes_on_where_it_stopped(
+    directory: Path, samples: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted at the third of eight sites, it measures six more; the files are those of a run in one piece."""
+    measured: list[int] = []
+    site_options = watcher_module.site_options
+
+    def counted(*arguments: Any) -> Any:
+        measured.append(len(measured))
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return site_options(*arguments)
+
+    layers_done: list[int] = []
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    measure_sites(directory, samples, rule(), tmp_path / "whole", alpha=None, on_layers=silent)
+    monkeypatch.setattr(watcher_module, "site_options", counted)
+    with pytest.raises(KeyboardInterrupt):
+        measure_sites(directory, samples, rule(), tmp_path / "parts", alpha=None, on_layers=silent)
+    assert len(list((tmp_path / "parts").iterdir())) == 2
+    measure_sites(directory, samples, rule(), tmp_path / "parts", alpha=None, on_layers=layers_done.append)
+    assert len(measured) == 3 + 6
+    assert sum(layers_done) == 14
+    whole, parts = ({p.name: p.read_bytes() for p in (tmp_path / each).iterdir()} for each in ("whole", "parts"))
+    assert whole == parts
 
 
 def test_input_errors_are_at_least_halved_where_there_are_outliers(

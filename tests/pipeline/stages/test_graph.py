@@ -245,12 +245,36 @@ def test_a_targets_fingerprint_is_its_content(graph: Graph, model_directory: Pat
     assert graph(*arguments)["target"].fingerprint() != first  # type: ignore[misc]
 
 
+READ_BY = {"smoothquant": {"target", "calibrate"}, "flattenquant": {"target", "calibrate", "sites"}}
+
+
+@pytest.mark.parametrize(
+    ("override", "is_shared"),
+    [
+        ("quantize.int4_share=0.5", True),
+        ("quantize.solver=rtn", True),
+        ("quantize.criterion=ratio", True),
+        ("quantize.dampening=0.1", True),
+        ("quantize.beta=1.5", False),
+        ("quantize.threshold=mean", False),
+        ("quantize.weights.group_size=32", False),
+        ("quantize.num_samples=8", False),
+        ("quantize.alpha=0.5", False),
+    ],
+)
+def test_shares_and_solvers_read_the_same_measured_sites(graph: Graph, override: str, is_shared: bool) -> None:
+    first, other = graph("quantize=flattenquant"), graph("quantize=flattenquant", override)
+    assert (first["sites"].config == other["sites"].config) == is_shared
+    assert first["quantize"].config != other["quantize"].config
+    assert "sites" not in graph("quantize=smoothquant")
+
+
 @pytest.mark.parametrize("method", ["smoothquant", "flattenquant"])
 def test_methods_that_quantize_inputs_calibrate_and_are_compared_with_the_default_rounding(
     graph: Graph, method: str
 ) -> None:
     stages = graph(f"quantize={method}")
-    assert set(stages["quantize"].inputs) == {"target", "calibrate"}
+    assert set(stages["quantize"].inputs) == READ_BY[method]
     assert "llmcompressor" in stages["quantize"].packages
     assert (stages["quantize-rtn"].config["bits"], stages["quantize-rtn"].config["group_size"]) == (4, 32)
     for stage in stages.values():
@@ -263,7 +287,7 @@ def test_the_intermediate_may_quantize_its_inputs_too(graph: Graph, method: str)
     stage = graph(f"quantize@intermediate.quantize={method}")["quantize-intermediate"]
     assert stage.check is not None
     stage.check(stage.config)
-    assert set(stage.inputs) == {"target", "calibrate"}
+    assert set(stage.inputs) == READ_BY[method]
     bad = graph(f"quantize@intermediate.quantize={method}", "intermediate.quantize.dampening=0")[
         "quantize-intermediate"
     ]
@@ -300,10 +324,12 @@ def test_the_intermediate_may_quantize_its_inputs_too(graph: Graph, method: str)
 def test_values_that_make_no_sense_for_quantized_inputs_are_refused(
     graph: Graph, method: str, override: str, message: str
 ) -> None:
-    stage = graph(f"quantize={method}", override)["quantize"]
-    assert stage.check is not None
-    with pytest.raises(ValueError, match=message):
-        stage.check(stage.config)
+    stages = graph(f"quantize={method}", override)
+    for instance in ("sites", "quantize") if method == "flattenquant" else ("quantize",):
+        check = stages[instance].check
+        assert check is not None
+        with pytest.raises(ValueError, match=message):
+            check(stages[instance].config)
 
 
 @pytest.mark.parametrize("method", ["smoothquant", "flattenquant"])

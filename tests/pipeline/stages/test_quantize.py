@@ -18,7 +18,7 @@ from compress.target.sources import Source
 from deploy.formats.architectures import ModelShape, linear_layers, other_tensors
 from deploy.formats.model_dir import ModelDirectory
 from deploy.formats.safetensors_file import write_safetensors
-from pipeline.stages import quality, quantize
+from pipeline.stages import quality, quantize, sites
 from tests.tiny_llama import TINY_LLAMA
 
 CONFIG = {**TINY_LLAMA, "num_hidden_layers": 2}
@@ -102,9 +102,25 @@ def context(inputs: dict[str, Path], out: Path, config: dict[str, Any]) -> Any:
 
 @pytest.fixture(scope="module", params=[SMOOTHQUANT, FLATTENQUANT], ids=lambda config: str(config["method"]))
 def built(request: pytest.FixtureRequest, inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    if request.param["method"] == "flattenquant":
+        measured = context(inputs, tmp_path_factory.mktemp("sites"), sites.keyed(request.param))
+        sites.build(measured)
+        inputs = {**inputs, "sites": measured.out}
     found = context(inputs, tmp_path_factory.mktemp("quantize"), request.param)
     quantize.build(NO_FILE, "quantize", found)
     return found
+
+
+def test_what_sites_can_have_is_told_beside_the_files(inputs: dict[str, Path], tmp_path: Path) -> None:
+    measured = context(inputs, tmp_path / "sites", sites.keyed(FLATTENQUANT))
+    sites.build(measured)
+    told = json.loads((measured.out / "sites.json").read_text())
+    assert {path.stem for path in (measured.out / "sites").iterdir()} == set(told)
+    assert len(told) == measured.summary["num_sites"] == 8
+    for site in told.values():
+        assert 0 < site["error_8"] < site["error_4"] <= measured.summary["error_4_worst"]
+        assert site["columns_4"] % 32 == site["columns_8"] % 32 == 0
+    assert measured.summary["error_4_median"] <= measured.summary["error_4_worst"]
 
 
 def test_model_twin_and_stats_are_written(built: Any) -> None:
