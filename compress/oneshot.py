@@ -11,8 +11,9 @@ from typing import Literal
 
 from llmcompressor.modifiers.quantization import QuantizationModifier
 
+from compress.counting_gptq import CountingGPTQ
 from compress.grids import QuantizedLayers, WeightGrid
-from compress.recipes import IGNORED, CountingGPTQ, load_model, read_grids, run_recipe, weight_scheme
+from compress.recipes import IGNORED, load_model, read_grids, run_recipe, weight_scheme
 
 SingularPolicy = Literal["error", "rtn"]
 
@@ -27,11 +28,13 @@ def gptq(
     activation_order: bool,
     on_singular: SingularPolicy,
     on_layers: Callable[[int], None],
+    finished: Path | None = None,
 ) -> QuantizedLayers:
     """GPTQ (arXiv 2210.17323) of every linear layer but the head, layer by layer on the quantized predecessors.
 
     samples: calibration token ids. observer: llmcompressor's rule for the grid's range. dampening: fraction of the
-    Hessian's mean diagonal. on_layers: called with the number of layers just done.
+    Hessian's mean diagonal. on_layers: called with the number of layers just done. finished: where blocks that are done
+    are kept (CountingGPTQ).
     Raises SettingError when a Hessian is singular and on_singular is "error".
     """
     recipe = CountingGPTQ(
@@ -40,6 +43,7 @@ def gptq(
         dampening_frac=dampening,
         actorder="static" if activation_order else None,
         stops_at_fallback=on_singular == "error",
+        finished=finished,
     )
     model = load_model(model_dir)
     fallen_back = run_recipe(model, recipe, samples, on_layers)

@@ -13,14 +13,14 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy, fake_quantize
 from compressed_tensors.quantization.lifecycle import apply
 from datasets import Dataset
 from llmcompressor import oneshot
-from llmcompressor.core import State, reset_session
+from llmcompressor.core import reset_session
 from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.observers import Observer
 from llmcompressor.pipelines.data_free import pipeline as data_free
 from llmcompressor.pipelines.sequential import pipeline as sequential
@@ -28,62 +28,12 @@ from loguru import logger as library_logger
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from compress.errors import SettingError
 from compress.grids import WeightGrid
 from compress.quantized_inputs import linear_with
 from deploy.formats.packed import GroupedInt
 
 CPU = torch.device("cpu")
 IGNORED = ["lm_head", "re:.*embed_tokens"]
-RARE = 1e-6
-"""Diagonal, as a share of the Hessian's mean, that an input gets which calibration never saw but that may occur."""
-
-
-class CountingGPTQ(GPTQModifier):
-    """llmcompressor's GPTQ, with a record of the layers that fell back to rounding and a report of progress.
-
-    keeps_unseen: weights of inputs that were always 0 are rounded to nearest; the library would make them 0.
-    stops_at_fallback: the first layer that would fall back raises SettingError instead, before the others are computed.
-    """
-
-    keeps_unseen: bool = False
-    stops_at_fallback: bool = False
-
-    def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        _fallen_back.extend(self._rtn_fallback_module_names)
-        return super().on_finalize(state, **kwargs)
-
-    def compress_module_list(self, module_list: list[torch.nn.Module]) -> None:
-        for module in module_list:
-            observer: Any = module.weight_observer
-            if self.keeps_unseen:
-                diagonal = self._hessians[module].diagonal()
-                diagonal[diagonal == 0] = RARE * diagonal.mean()
-            num_samples = self._num_samples[module].clone()
-            statistics = observer.get_statistics()  # which the observer deletes when it gives its parameters
-            try:
-                super().compress_module_list([module])
-            except torch.linalg.LinAlgError:
-                # The library falls back when H has no factor, but not when only its inverse has none.
-                self.round_only(module)
-                self._num_samples[module] = num_samples
-                for name, value in statistics.items():
-                    setattr(observer, name, value)
-                super().compress_module_list([module])
-            if self.stops_at_fallback and self._rtn_fallback_module_names:
-                raise SettingError(
-                    f"on_singular=error: {self._rtn_fallback_module_names[0]} has a singular Hessian; calibrate on more"
-                    " samples, raise dampening, or choose on_singular=rtn"
-                )
-            report_layers(1)
-
-    def round_only(self, module: torch.nn.Module) -> None:
-        """Counts a layer as fallen back and gives it the Hessian under which GPTQ rounds to nearest.
-
-        Under an identity nothing is passed on from column to column.
-        """
-        self._hessians[module] = torch.eye(module.get_parameter("weight").shape[1])
-        self._rtn_fallback_module_names.append(self._module_names[module])
 
 
 _fallen_back: list[str] = []
@@ -94,6 +44,11 @@ _on_layers: Callable[[int], None] = lambda num_layers: None  # noqa: E731
 def report_layers(num_layers: int) -> None:
     """For modifiers: so many layers are done, for the progress of the run they are in."""
     _on_layers(num_layers)
+
+
+def report_fallen_back(names: Sequence[str]) -> None:
+    """For modifiers: what `run_recipe` returns."""
+    _fallen_back.extend(names)
 
 
 def weight_scheme(
@@ -192,23 +147,25 @@ def on_cpu() -> Iterator[None]:
 
 def read_grids(model: PreTrainedModel) -> dict[str, GroupedInt]:
     """Codes, scales and zero points from the modules that llmcompressor leaves behind, by module name."""
-    found = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear) or not hasattr(module, "weight_scale"):
-            continue
-        scheme: Any = module.quantization_scheme
-        grid = scheme.weights
-        group_size = grid.group_size or module.in_features
-        scale = module.get_parameter("weight_scale").detach().float()
-        zero = torch.zeros_like(scale) if grid.symmetric else module.get_parameter("weight_zero_point").detach().float()
+    return {
+        name: grid_of(module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and hasattr(module, "weight_scale")
+    }
+
+
+def grid_of(module: torch.nn.Linear, codes: npt.NDArray[np.uint8] | None = None) -> GroupedInt:
+    """The weight of one such module: its own values', which lie on its grid, or `codes` [out, in] on that grid."""
+    scheme: Any = module.quantization_scheme
+    grid = scheme.weights
+    group_size = grid.group_size or module.in_features
+    scale = module.get_parameter("weight_scale").detach().float()
+    zero = torch.zeros_like(scale) if grid.symmetric else module.get_parameter("weight_zero_point").detach().float()
+    middle, top = 1 << (grid.num_bits - 1), (1 << grid.num_bits) - 1
+    if codes is None:
         weight = module.weight.detach().float().unflatten(1, (-1, group_size))
-        middle, top = 1 << (grid.num_bits - 1), (1 << grid.num_bits) - 1
-        codes = (torch.round(weight / scale[:, :, None] + zero[:, :, None]) + middle).clamp(0, top)
-        found[name] = GroupedInt.from_zero_point(
-            codes.flatten(1).numpy().astype(np.uint8),
-            scale.numpy(),
-            (zero + middle).numpy().astype(np.uint8),
-            bits=grid.num_bits,
-            group_size=group_size,
-        )
-    return found
+        found = (torch.round(weight / scale[:, :, None] + zero[:, :, None]) + middle).clamp(0, top)
+        codes = found.flatten(1).numpy().astype(np.uint8)
+    return GroupedInt.from_zero_point(
+        codes, scale.numpy(), (zero + middle).numpy().astype(np.uint8), bits=grid.num_bits, group_size=group_size
+    )

@@ -20,11 +20,12 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from transformers import PreTrainedModel
 
+from compress.counting_gptq import CountingGPTQ
 from compress.grids import QuantizedLayers, WeightGrid
 from compress.oneshot import SingularPolicy, counted_fallbacks
 from compress.quality import measure
 from compress.quantized_inputs import quantize_layers
-from compress.recipes import IGNORED, CountingGPTQ, load_model, read_grids, run_recipe, weight_scheme
+from compress.recipes import IGNORED, load_model, read_grids, run_recipe, weight_scheme
 from deploy.formats.activations import ActivationGrid, LayerInputs
 
 Solver = Literal["gptq", "rtn"]
@@ -51,12 +52,13 @@ def smoothquant(
     alphas: Sequence[float],
     choice_samples: Sequence[Sequence[int]],
     on_layers: Callable[[int], None],
+    finished: Path | None = None,
 ) -> QuantizedLayers:
     """A smoothed and quantized model.
 
     samples: calibration token ids. alphas: to choose from, by KL(target ‖ model) on `choice_samples`, on which these
     candidates are also calibrated, with weights rounded to nearest; no choice is made among one. on_layers: called with
-    the number of layers that GPTQ just did.
+    the number of layers that GPTQ just did. finished: where its blocks that are done are kept (CountingGPTQ).
     Raises SettingError when a Hessian is singular and rule.on_singular is "error".
     """
     candidates = alphas if len(alphas) > 1 else []
@@ -64,7 +66,7 @@ def smoothquant(
     alpha = min(divergences, key=lambda each: divergences[each], default=alphas[0])
     model = load_model(model_dir)
     smooth(model, samples, alpha)
-    fallen_back = _quantize(model, rule, rule.solver, samples, on_layers)
+    fallen_back = _quantize(model, rule, rule.solver, samples, on_layers, finished)
     return QuantizedLayers(
         read_grids(model),
         counted_fallbacks(fallen_back),
@@ -86,10 +88,11 @@ def _quantize(
     solver: Solver,
     samples: Sequence[Sequence[int]],
     on_layers: Callable[[int], None] | None = None,
+    finished: Path | None = None,
 ) -> list[str]:
     """In place; the layers that fell back. Samples are run only where something is learnt from them."""
     learns = solver == "gptq" or rule.activations.scope == "tensor" or rule.observer == "imatrix_mse"
-    return run_recipe(model, recipe_modifier(rule, solver), samples if learns else None, on_layers)
+    return run_recipe(model, recipe_modifier(rule, solver, finished), samples if learns else None, on_layers)
 
 
 def norm_weights(model: PreTrainedModel) -> dict[str, np.ndarray]:
@@ -124,8 +127,8 @@ def _divergence(model_dir: Path, samples: Sequence[Sequence[int]], rule: SmoothQ
     return quality.kl
 
 
-def recipe_modifier(rule: SmoothQuantRule, solver: Solver) -> Modifier:
-    """What quantizes a smoothed model, or one that is not."""
+def recipe_modifier(rule: SmoothQuantRule, solver: Solver, finished: Path | None = None) -> Modifier:
+    """What quantizes a smoothed model, or one that is not. finished: as of CountingGPTQ."""
     is_static = rule.activations.scope == "tensor"
     activations = QuantizationArgs(
         num_bits=rule.activations.bits,
@@ -143,4 +146,5 @@ def recipe_modifier(rule: SmoothQuantRule, solver: Solver) -> Modifier:
         return QuantizationModifier(**fields)
     actorder = "static" if rule.activation_order else None
     stops = rule.on_singular == "error"
-    return CountingGPTQ(**fields, dampening_frac=rule.dampening, actorder=actorder, stops_at_fallback=stops)
+    fields |= {"dampening_frac": rule.dampening, "actorder": actorder}
+    return CountingGPTQ(**fields, stops_at_fallback=stops, finished=finished)

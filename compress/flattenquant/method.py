@@ -65,11 +65,13 @@ def flattenquant(
     *,
     alpha: float | None,
     on_layers: Callable[[int], None],
+    finished: Path | None = None,
 ) -> QuantizedLayers:
     """A model whose layers have 4- or 8-bit weights and inputs, every input with one scale for its whole layer.
 
     samples, rule, alpha: those of `measure_sites`, which left its files in `sites`. on_layers: called with the number
-    of layers just done. Raises SettingError when a Hessian is singular and solver.on_singular is "error".
+    of layers just done. finished: where GPTQ's blocks that are done are kept (CountingGPTQ). Raises SettingError when a
+    Hessian is singular and solver.on_singular is "error".
     """
     model, norms = _smoothed(model_dir, samples, alpha)
     run_recipe(model, FlattenQuantModifier(**asdict(bits), sites=sites))
@@ -85,6 +87,7 @@ def flattenquant(
             actorder=actorder,
             stops_at_fallback=solver.on_singular == "error",
             correct_inputs=solver.correct_inputs,
+            finished=finished,
         )
         fallen_back = [name.removesuffix(INNER) for name in run_recipe(model, recipe, samples, on_layers)]
     return QuantizedLayers(

@@ -16,6 +16,8 @@ from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
+from compress.counting_gptq import CountingGPTQ
+from compress.finished_blocks import Notes
 from compress.flattenquant.bits import BitsRule, Cost, Criterion, criterion_value
 from compress.flattenquant.choice import Flattening, SiteOptions
 from compress.flattenquant.correction import MULTIPLES, Products, best_dampening, weight_change
@@ -23,7 +25,6 @@ from compress.flattenquant.flatten import copy_numbers
 from compress.flattenquant.site_files import read_options, site_file
 from compress.flattenquant.watcher import linear_sites
 from compress.quantized_inputs import InputQuantizedLinear, QuantizedInputs, linear_with
-from compress.recipes import CountingGPTQ
 from compress.sites import input_sites
 from deploy.formats.activations import ActivationGrid, LayerInputs
 
@@ -112,25 +113,34 @@ class FlattenedGPTQ(CountingGPTQ):
     keeps_unseen: bool = True  # a copy that calibration never filled is there for what may come
     correct_inputs: bool = False
 
-    _corrected: dict[nn.Module, tuple[FlattenLinear, _Halves]] = PrivateAttr(default_factory=dict)
+    _flattened: dict[nn.Module, FlattenLinear] = PrivateAttr(default_factory=dict)
+    _corrected: dict[nn.Module, _Halves] = PrivateAttr(default_factory=dict)
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        super().on_calibration_start(state, event, **kwargs)
         flattened = {name: module for name, module in state.model.named_modules() if isinstance(module, FlattenLinear)}
+        self._flattened = {layer.inner: layer for layer in flattened.values()}
+        super().on_calibration_start(state, event, **kwargs)
         for site in input_sites(flattened) if self.correct_inputs else []:
             first = flattened[site[0]]
-            if first.flattening.bits != 4:
+            if first.flattening.bits != 4 or first.inner in self._restored:
                 continue  # 8 bits lose too little to be worth the time
             halves = _Halves()
             self.register_hook(first.expand, _watch_copies(halves), "forward")
-            self._corrected |= {flattened[name].inner: (flattened[name], halves) for name in site}
+            self._corrected |= {flattened[name].inner: halves for name in site}
 
     def on_sequential_epoch_end(self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any) -> None:
         """Corrects the layers that the samples have passed, all of which GPTQ rounds next."""
         for inner in self._num_samples:
             if inner in self._corrected:
-                self._correct(inner, *self._corrected.pop(inner))
+                self._correct(inner, self._flattened[inner], self._corrected.pop(inner))
         super().on_sequential_epoch_end(state, event, modules, **kwargs)
+
+    def notes_of(self, layer: nn.Module) -> Notes:
+        return {**super().notes_of(layer), "correction_dampening": self._flattened[layer].correction_dampening}
+
+    def take_notes(self, layer: nn.Module, notes: Notes) -> None:
+        super().take_notes(layer, notes)
+        self._flattened[layer].correction_dampening = notes["correction_dampening"]
 
     def _correct(self, inner: nn.Module, layer: FlattenLinear, halves: _Halves) -> None:
         if len(halves.found) < 2 or self.dampening_frac is None:

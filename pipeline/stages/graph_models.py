@@ -89,6 +89,7 @@ def quantize_stage(
         packages=_quantize_packages(config),
         check=check,
         revision=METHOD_REVISIONS.get(config["method"], 0),
+        resumable=is_calibrated,
     )
 
 
@@ -133,6 +134,7 @@ def stage_of(
     packages: tuple[str, ...],
     check: Callable[[dict[str, Any]], None] | None = None,
     revision: int = 0,
+    resumable: bool = False,
 ) -> Stage:
     """A stage of which a graph may hold several; `name` is the variant's, "" the bundle's own. revision: added to its
     kind's version."""
@@ -145,6 +147,7 @@ def stage_of(
         inputs=inputs,
         packages=packages,
         check=check,
+        resumable=resumable,
     )
 
 

@@ -31,6 +31,11 @@ def calibration_ids(context: BuildContext, at_most: int | None = None) -> list[l
     return [list(sample.ids) for sample in samples]
 
 
+def finished_blocks(context: BuildContext) -> Path:
+    """Where a quantize that is not done keeps what GPTQ has finished."""
+    return context.out / "blocks"
+
+
 def smoothquant(context: BuildContext, target: Path, source: Source) -> QuantizedLayers:
     """SmoothQuant, its strength chosen on some of the calibration samples."""
     from compress import smoothquant as method
@@ -52,6 +57,7 @@ def smoothquant(context: BuildContext, target: Path, source: Source) -> Quantize
             alphas=config["alpha"],
             choice_samples=calibration_ids(context, CHOICE_SAMPLES),
             on_layers=bar.update,
+            finished=finished_blocks(context),
         )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from compress.grids import QuantizedLayers
 from compress.target.sources import Source
 from pipeline.graph import BuildContext
-from pipeline.stages.quantize_inputs import OBSERVERS, calibration_ids, num_layers
+from pipeline.stages.quantize_inputs import OBSERVERS, calibration_ids, finished_blocks, num_layers
 
 if TYPE_CHECKING:  # torch, which a reused stage does not need
     from compress.flattenquant.choice import FlattenRule
@@ -63,7 +63,17 @@ def flattenquant(context: BuildContext, target: Path, source: Source) -> Quantiz
     )
     sites = context.inputs["sites"] / FILES
     with context.progress(num_layers(target), f"FlattenQuant on {len(samples)} samples", "layers") as bar:
-        return method(target, samples, _rule(config), sites, bits, solver, alpha=config["alpha"], on_layers=bar.update)
+        return method(
+            target,
+            samples,
+            _rule(config),
+            sites,
+            bits,
+            solver,
+            alpha=config["alpha"],
+            on_layers=bar.update,
+            finished=finished_blocks(context),
+        )
 
 
 def _rule(config: dict[str, Any]) -> FlattenRule:

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llmcompressor.modifiers.gptq import base as gptq_base
 
 from compress import oneshot, recipes
+from compress.counting_gptq import CountingGPTQ
 from compress.errors import SettingError
 from compress.grids import QuantizedLayers, WeightGrid
 from compress.load import load_float32, replace_weights
@@ -196,7 +198,7 @@ def test_the_written_artifact_gives_the_logits_of_the_model_in_memory(
     }
     model: Any = recipes.load_model(directory)
     if method == "gptq":
-        recipes.run_recipe(model, recipes.CountingGPTQ(**scheme), samples)
+        recipes.run_recipe(model, CountingGPTQ(**scheme), samples)
     else:
         recipes.run_recipe(model, oneshot.QuantizationModifier(**scheme))
     layers = recipes.read_grids(model)
@@ -322,3 +324,56 @@ def test_on_a_real_layer_gptq_is_the_textbooks_and_beats_rounding(tiny: Any, tmp
         ours = loss(weight, found.layers[name].dequantize(), H)
         assert ours == pytest.approx(expected, rel=0.02), name
         assert ours < loss(weight, rounded.layers[name].dequantize(), H), name
+
+
+def stop_at(num_layers: int) -> Callable[[int], None]:
+    """Progress that stops the pass with so many layers done."""
+    seen: list[int] = []
+
+    def on_layers(just_done: int) -> None:
+        seen.append(just_done)
+        if sum(seen) >= num_layers:
+            raise KeyboardInterrupt
+
+    return on_layers
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("num_layers", [9, 14])
+def test_a_pass_that_was_stopped_goes_on_behind_its_last_whole_block(
+    directory: Path, samples: list[list[int]], tmp_path: Path, grid: WeightGrid, num_layers: int
+) -> None:
+    """Of two blocks of seven layers, one is done: its layers come from the file, and all bits are a whole pass's."""
+    with pytest.raises(KeyboardInterrupt):
+        gptq(directory, samples, grid, finished=tmp_path, on_layers=stop_at(num_layers))
+    assert len(list(tmp_path.iterdir())) == 1
+    with pytest.MonkeyPatch.context() as patched:
+        calibrated: set[Any] = set()
+        accumulate = gptq_base.accumulate_hessian
+
+        def counted(x: Any, module: Any, *rest: Any) -> Any:
+            calibrated.add(module)
+            return accumulate(x, module, *rest)
+
+        patched.setattr(gptq_base, "accumulate_hessian", counted)
+        seen: list[int] = []
+        resumed = gptq(directory, samples, grid, finished=tmp_path, on_layers=seen.append)
+    assert (sum(seen), len(calibrated)) == (14, 7)
+    whole = gptq(directory, samples, grid)
+    assert resumed.layers.keys() == whole.layers.keys()
+    for name, weight in whole.layers.items():
+        for part in ("q", "scale", "minimum", "zero_point"):
+            np.testing.assert_array_equal(getattr(resumed.layers[name], part), getattr(weight, part), err_msg=name)
+
+
+def test_layers_that_fell_back_are_remembered(directory: Path, tmp_path: Path) -> None:
+    few: dict[str, Any] = {"dampening": 1e-12, "on_singular": "rtn"}
+    samples = [[5, 6, 7]]
+    whole = gptq(directory, samples, **few)
+    assert whole.fallbacks
+    with pytest.raises(KeyboardInterrupt):
+        gptq(directory, samples, finished=tmp_path, on_layers=stop_at(9), **few)
+    resumed = gptq(directory, samples, finished=tmp_path, **few)
+    assert {name: sorted(layers) for name, layers in resumed.fallbacks.items()} == {
+        name: sorted(layers) for name, layers in whole.fallbacks.items()
+    }

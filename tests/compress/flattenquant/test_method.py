@@ -51,13 +51,18 @@ def quantized(
     alpha: float | None = None,
     *,
     correct_inputs: bool = False,
+    finished: Path | None = None,
+    on_layers: Callable[[int], None] = lambda num_layers: None,
     **changes: Any,
 ) -> QuantizedLayers:
     fields = {"solver": "gptq", "dampening": 0.01, "activation_order": True, "on_singular": "error"}
     solver, how = SolverRule(correct_inputs=correct_inputs, **(fields | changes)), how or rule()
     with TemporaryDirectory() as sites:
-        measure_sites(directory, samples, how, Path(sites), alpha=alpha, on_layers=silent)
-        return flattenquant(directory, samples, how, Path(sites), bits, solver, alpha=alpha, on_layers=silent)
+        place = Path(sites)
+        measure_sites(directory, samples, how, place, alpha=alpha, on_layers=silent)
+        return flattenquant(
+            directory, samples, how, place, bits, solver, alpha=alpha, on_layers=on_layers, finished=finished
+        )
 
 
 def silent(num_layers: int) -> None:
@@ -244,6 +249,26 @@ def test_measuring_goes_on_where_it_stopped(
     assert sum(layers_done) == 14
     whole, parts = ({p.name: p.read_bytes() for p in (tmp_path / each).iterdir()} for each in ("whole", "parts"))
     assert whole == parts
+
+
+def test_gptq_goes_on_behind_its_last_whole_block(directory: Path, samples: list[list[int]], tmp_path: Path) -> None:
+    """Weights, inputs and what the correction was damped with are a whole run's in every bit."""
+
+    def stop_in_the_second_block(just_done: int) -> None:
+        if next(iter(tmp_path.glob("*.safetensors")), None):
+            raise KeyboardInterrupt
+
+    bits = BitsRule("error", None, 0.6)
+    whole = quantized(directory, samples, bits, correct_inputs=True)
+    with pytest.raises(KeyboardInterrupt):
+        quantized(directory, samples, bits, correct_inputs=True, finished=tmp_path, on_layers=stop_in_the_second_block)
+    assert len(list(tmp_path.iterdir())) == 1
+    resumed = quantized(directory, samples, bits, correct_inputs=True, finished=tmp_path)
+    assert resumed.notes == whole.notes
+    assert {choice["correction_dampening"] for choice in whole.notes["choice"].values()} > {None}
+    for name, weight in whole.layers.items():
+        np.testing.assert_array_equal(resumed.layers[name].q, weight.q, err_msg=name)
+        np.testing.assert_array_equal(resumed.layers[name].scale, weight.scale, err_msg=name)
 
 
 def test_input_errors_are_at_least_halved_where_there_are_outliers(

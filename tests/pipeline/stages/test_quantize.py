@@ -111,6 +111,47 @@ def built(request: pytest.FixtureRequest, inputs: dict[str, Path], tmp_path_fact
     return found
 
 
+def test_a_build_that_was_interrupted_goes_on_and_gives_the_same_bytes(
+    built: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in the second of two blocks, which leaves the first, and once more when the model is written."""
+    done: list[int] = []
+    is_interrupted = True
+
+    @contextmanager
+    def progress(total: int, label: str, unit: str) -> Any:
+        def update(count: int) -> None:
+            done.append(count)
+            if is_interrupted and len(done) == 9:
+                raise KeyboardInterrupt
+
+        yield SimpleNamespace(update=update)
+
+    again = context(built.inputs, tmp_path, built.config)
+    again.progress = progress
+    with pytest.raises(KeyboardInterrupt):
+        quantize.build(NO_FILE, "quantize", again)
+    assert [path.name for path in tmp_path.iterdir()] == ["blocks"]
+    assert len(list((tmp_path / "blocks").iterdir())) == 1
+    done.clear()
+    is_interrupted = False
+    with monkeypatch.context() as patched:
+        patched.setattr(quantize, "describe_layers", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quantize.build(NO_FILE, "quantize", again)
+    assert len(done) == 14
+    quantize.build(NO_FILE, "quantize", again)
+    whole, resumed = (
+        {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        for out in (built.out, tmp_path)
+    )
+    assert whole == resumed
+
+
+def interrupted(*_arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_what_sites_can_have_is_told_beside_the_files(inputs: dict[str, Path], tmp_path: Path) -> None:
     measured = context(inputs, tmp_path / "sites", sites.keyed(FLATTENQUANT))
     sites.build(measured)
