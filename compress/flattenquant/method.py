@@ -1,7 +1,7 @@
 """FlattenQuant from a model directory to grids: measure sites; then decide, flatten and round the flattened layers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def measure_sites(
     on_layers: called with the number of layers just done.
     """
     model, _ = _smoothed(model_dir, samples, alpha)
-    watcher = SiteWatcher(**asdict(rule), num_samples=len(samples), directory=directory)
+    watcher = SiteWatcher(rule=rule, num_samples=len(samples), directory=directory)
     run_recipe(model, watcher, samples, on_layers, only_watches=True)
 
 
@@ -74,7 +74,7 @@ def flattenquant(
     Hessian is singular and solver.on_singular is "error".
     """
     model, norms = _smoothed(model_dir, samples, alpha)
-    run_recipe(model, FlattenQuantModifier(**asdict(bits), sites=sites))
+    run_recipe(model, FlattenQuantModifier(rule=bits, sites=sites))
     flattened = {name: module for name, module in model.named_modules() if isinstance(module, FlattenLinear)}
     fields: dict[str, Any] = {"config_groups": _groups(flattened, rule), "ignore": ["lm_head"]}
     if solver.solver == "rtn":

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from compress.counting_gptq import CountingGPTQ
 from compress.finished_blocks import Notes
-from compress.flattenquant.bits import BitsRule, Cost, Criterion, criterion_value
+from compress.flattenquant.bits import BitsRule, Cost, criterion_value
 from compress.flattenquant.choice import Flattening, SiteOptions
 from compress.flattenquant.correction import MULTIPLES, Products, best_dampening, weight_change
 from compress.flattenquant.flatten import copy_numbers
@@ -50,12 +50,10 @@ class FlattenLinear(InputQuantizedLinear):
 class FlattenQuantModifier(Modifier):
     """Puts FlattenLinear in the place of every linear layer but the head.
 
-    Fields as of BitsRule; sites: the directory in which `watcher` left what each site can have.
+    rule: which sites get 4 bits; sites: the directory in which `watcher` left what each site can have.
     """
 
-    criterion: Criterion
-    gamma: float | None
-    int4_share: float | None
+    rule: BitsRule
     sites: Path
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
@@ -64,7 +62,7 @@ class FlattenQuantModifier(Modifier):
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         options = {site: read_options(site_file(self.sites, site[0])) for site in linear_sites(state.model)}
         costs = {site: self._cost(site, found, state.model) for site, found in options.items()}
-        gamma = BitsRule(self.criterion, self.gamma, self.int4_share).threshold(list(costs.values()))
+        gamma = self.rule.threshold(list(costs.values()))
         for site, cost in costs.items():
             flattening = Flattening(options[site], 4 if cost.value < gamma else 8, gamma)
             for name in site:
@@ -74,7 +72,7 @@ class FlattenQuantModifier(Modifier):
     def _cost(self, site: tuple[str, ...], options: SiteOptions, model: nn.Module) -> Cost:
         num_out = sum(model.get_submodule(name).get_parameter("weight").shape[0] for name in site)
         int4, int8 = (num_out * len(options.splits[bits].index) for bits in (4, 8))
-        return Cost(criterion_value(options.errors, self.criterion), int4, int8)
+        return Cost(criterion_value(options.errors, self.rule.criterion), int4, int8)
 
 
 class _Halves:

@@ -1,7 +1,6 @@
 """A modifier of llmcompressor that changes nothing: it watches inputs and writes what each site can have."""
 
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
-from compress.flattenquant.choice import FlattenRule, Threshold, site_options
+from compress.flattenquant.choice import FlattenRule, site_options
 from compress.flattenquant.site_files import site_file, write_options
 from compress.grids import WeightGrid
 from compress.recipes import report_layers, rounded
@@ -24,17 +23,12 @@ ROWS_PER_SITE = 256
 class SiteWatcher(Modifier):
     """Measures every site with 4 bits and with 8 (`choice.site_options`) and writes one file for each.
 
-    Fields as of FlattenRule; num_samples: of the calibration; directory: where the files go. A site whose file is there
+    num_samples: of the calibration; directory: where the files go. A site whose file is there
     is not measured again.
     """
 
     requires_calibration_data: bool = True
-    beta: float
-    threshold: Threshold
-    max_expansion: float
-    group_size: int | None
-    symmetric: bool
-    observer: str
+    rule: FlattenRule
     num_samples: int
     directory: Path
 
@@ -55,14 +49,13 @@ class SiteWatcher(Modifier):
 
     def on_sequential_epoch_end(self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any) -> None:
         """Measures the sites that the samples have passed, so that their rows need not be kept."""
-        rule = FlattenRule(**{field.name: getattr(self, field.name) for field in fields(FlattenRule)})
         for first, *others in self._sites:
             seen = self._inputs.get(first)
             if seen is None or seen.channel_max is None:
                 continue
             linears: list[Any] = [state.model.get_submodule(name) for name in (first, *others)]
             layers = [(linear.weight.data, None if linear.bias is None else linear.bias.data) for linear in linears]
-            options = site_options(seen.channel_max, torch.cat(seen.rows), layers, rule, self._round)
+            options = site_options(seen.channel_max, torch.cat(seen.rows), layers, self.rule, self._round)
             write_options(site_file(self.directory, first), options)
             report_layers(len(linears))
             del self._inputs[first]
@@ -71,7 +64,8 @@ class SiteWatcher(Modifier):
         self.remove_hooks()
 
     def _round(self, weight: Tensor, inputs: Tensor, bits: int) -> Tensor:
-        return rounded(weight, inputs, WeightGrid(bits, self.group_size, self.symmetric), self.observer)
+        grid = WeightGrid(bits, self.rule.group_size, self.rule.symmetric)
+        return rounded(weight, inputs, grid, self.rule.observer)
 
     def _watch(self, name: str) -> Callable[..., None]:
         rows_per_sample = -(-ROWS_PER_SITE // self.num_samples)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -216,7 +216,7 @@ def test_a_pass_in_which_nothing_changes_need_not_be_repeated(
 ) -> None:
     for only_watches in (True, False):
         (tmp_path / str(only_watches)).mkdir()
-        watcher = SiteWatcher(**asdict(rule()), num_samples=len(samples), directory=tmp_path / str(only_watches))
+        watcher = SiteWatcher(rule=rule(), num_samples=len(samples), directory=tmp_path / str(only_watches))
         run_recipe(load_model(directory), watcher, samples, only_watches=only_watches)
     once, twice = ({path.name: path.read_bytes() for path in (tmp_path / each).iterdir()} for each in ("True", "False"))
     assert len(once) == 8
