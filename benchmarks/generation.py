@@ -96,10 +96,12 @@ def stage_context(bundle: Path, work: Path, config: dict[str, Any]) -> BuildCont
     for role, place in (("target", bundle), ("model", bundle / "target")):
         (work / role).mkdir()
         (work / role / "model").symlink_to(place.resolve(), target_is_directory=True)
-    (work / "out").mkdir()
+    for directory in ("out", "scratch"):
+        (work / directory).mkdir()
     return BuildContext(
         stage="generate",
         out=work / "out",
+        scratch=work / "scratch",
         inputs={role: work / role for role in ("target", "model")},
         manifests={},
         config=generate.keyed(config),

@@ -19,6 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from benchmarks.machine import fingerprint, write_json
 from benchmarks.speculative import choose_modes
 from deploy.formats.bundle import Bundle
@@ -36,6 +38,8 @@ SAMPLINGS = {
 }
 """What prompts are answered with, in turn: as it is, and with penalty or truncation."""
 IN_FLIGHT = 8
+OF_ALL = ("bundle", "prompts", "tokens")
+"""What all figures of a file have in common."""
 
 
 def answer(session: Session, requests: list[Request], in_flight: int) -> list[Generation]:
@@ -86,12 +90,24 @@ def compare(
 
 
 def done_before(path: Path | None, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Sampling → mode → what an earlier run over the same bundle, prompts and tokens found."""
+    """Sampling → mode → what earlier runs over the same bundle, prompts and tokens found."""
     if path is None or not path.exists():
         return {}
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     is_same = all(found.get(key) == value for key, value in wanted.items())
     return dict(found.get("samplings", {})) if is_same else {}
+
+
+def record(path: Path, result: dict[str, Any], sampling: str, mode: Mode, figures: dict[str, Any]) -> None:
+    """Add one mode's figures to the file, beside those that another run may have added since this one began.
+
+    result: bundle, prompts, tokens and machine. A file of other ones is replaced.
+    """
+    with FileLock(path.with_name(path.name + ".lock")):
+        wanted = {key: result[key] for key in OF_ALL}
+        samplings = done_before(path, wanted)
+        samplings.setdefault(sampling, {})[mode] = figures
+        write_json(path, {**wanted, "samplings": samplings, "machine": result["machine"]})
 
 
 def main() -> None:
@@ -114,11 +130,13 @@ def main() -> None:
     records = read_prompts(arguments.prompts)[: arguments.limit]
     room = session.backend.shape.context_length - arguments.tokens
     prompts = [session.encode_chat([{"role": "user", "content": record.turns[0]}])[:room] for record in records]
-    wanted = {"bundle": arguments.bundle.name, "prompts": len(prompts), "tokens": arguments.tokens}
-    machine = fingerprint(session.backend.runtime)  # type: ignore[attr-defined]
-    samplings = done_before(arguments.json, wanted)
+    result: dict[str, Any] = {"bundle": arguments.bundle.name, "prompts": len(prompts), "tokens": arguments.tokens}
+    result["machine"] = fingerprint(session.backend.runtime)  # type: ignore[attr-defined]
+    differing = []
     for name in arguments.samplings:
-        missing = [mode for mode in modes if mode not in samplings.get(name, {})]
+        done = done_before(arguments.json, {key: result[key] for key in OF_ALL}).get(name, {})
+        differing += [f"{name}, {mode}" for mode, figures in done.items() if figures["same"] != figures["total"]]
+        missing = [mode for mode in modes if mode not in done]
         print(f"{name}: {', '.join(missing) or 'all done before'}", flush=True)
         if not missing:
             continue
@@ -126,12 +144,11 @@ def main() -> None:
         requests = [Request(prompt, options[index % len(options)]) for index, prompt in enumerate(prompts)]
         for mode, figures in compare(session, factory, missing, requests):
             if arguments.json:
-                samplings = done_before(arguments.json, wanted)
-            samplings.setdefault(name, {})[mode] = figures
-            write_json(arguments.json, {**wanted, "samplings": samplings, "machine": machine})
-    all_found = [found for by_mode in samplings.values() for found in by_mode.values()]
-    if any(found["same"] != found["total"] for found in all_found):
-        raise SystemExit("some answers differ from plain decoding's: a bug\n" + json.dumps(samplings, indent=2))
+                record(arguments.json, result, name, mode, {**figures, "threads": result["machine"]["threads"]})
+            if figures["same"] != figures["total"]:
+                differing.append(f"{name}, {mode}")
+    if differing:
+        raise SystemExit(f"some answers differ from plain decoding's, a bug: {'; '.join(differing)}")
 
 
 if __name__ == "__main__":

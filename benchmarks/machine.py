@@ -42,7 +42,9 @@ def resident_mb() -> float | None:
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
-    """Write the result where a path was given."""
+    """Write the result where a path was given; a half-written file never has its name."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        unfinished = path.with_name(path.name + ".unfinished")
+        unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(path)

@@ -36,6 +36,7 @@ class CountingGPTQ(GPTQModifier):
         super().on_calibration_start(state, event, **kwargs)
         if self.finished is None:
             return
+        self.finished.mkdir(parents=True, exist_ok=True)
         layers: dict[str, Any] = {name: module for module, name in self._module_names.items()}
         for name, notes in restore_blocks(self.finished, layers).items():
             self._restored.add(layers[name])
@@ -59,11 +60,13 @@ class CountingGPTQ(GPTQModifier):
 
     def take_notes(self, layer: nn.Module, notes: Notes) -> None:
         """Notes of a layer that an earlier run finished."""
+        self._num_compressed_modules += 1
         if notes["fell_back"]:
             self._rtn_fallback_module_names.append(self._module_names[layer])
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        report_fallen_back(self._rtn_fallback_module_names)
+        fallen_back = set(self._rtn_fallback_module_names)
+        report_fallen_back([name for name in self._module_names.values() if name in fallen_back])
         return super().on_finalize(state, **kwargs)
 
     def compress_module_list(self, module_list: list[nn.Module]) -> None:

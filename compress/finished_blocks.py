@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from compress.recipes import grid_of
+from compress.recipes import codes_of, grid_of
 from deploy.formats.safetensors_file import SafetensorsFile, write_safetensors
 
 CODES = "codes"
@@ -27,7 +27,7 @@ def write_block(directory: Path, layers: Mapping[str, nn.Linear], notes: Mapping
     """A file for these quantized layers; a half-written one never has its name. notes: by layer, given back later."""
     tensors: dict[str, npt.NDArray[Any]] = {}
     for name, layer in layers.items():
-        tensors[f"{name}/{CODES}"] = grid_of(layer).q
+        tensors[f"{name}/{CODES}"] = codes_of(layer)
         tensors |= {f"{name}/{key}": value.detach().numpy() for key, value in _grid_parameters(layer).items()}
     metadata = {name: json.dumps(notes[name]) for name in layers}
     write_safetensors(directory / f"{next(iter(layers))}.safetensors", tensors, metadata)

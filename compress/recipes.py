@@ -148,24 +148,33 @@ def on_cpu() -> Iterator[None]:
 def read_grids(model: PreTrainedModel) -> dict[str, GroupedInt]:
     """Codes, scales and zero points from the modules that llmcompressor leaves behind, by module name."""
     return {
-        name: grid_of(module)
+        name: grid_of(module, codes_of(module))
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and hasattr(module, "weight_scale")
     }
 
 
-def grid_of(module: torch.nn.Linear, codes: npt.NDArray[np.uint8] | None = None) -> GroupedInt:
-    """The weight of one such module: its own values', which lie on its grid, or `codes` [out, in] on that grid."""
+def codes_of(module: torch.nn.Linear) -> npt.NDArray[np.uint8]:
+    """Codes [out, in] of one such module's weight, whose values lie on its grid."""
+    scale, zero, grid = _grid(module)
+    weight = module.weight.detach().float().unflatten(1, (scale.shape[1], -1))
+    top = (1 << grid.num_bits) - 1
+    codes = (torch.round(weight / scale[:, :, None] + zero[:, :, None])).clamp(0, top)
+    return codes.flatten(1).numpy().astype(np.uint8)
+
+
+def grid_of(module: torch.nn.Linear, codes: npt.NDArray[np.uint8]) -> GroupedInt:
+    """The weight with these codes on one such module's grid."""
+    scale, zero, grid = _grid(module)
+    group_size, zero_point = grid.group_size or module.in_features, zero.numpy().astype(np.uint8)
+    return GroupedInt.from_zero_point(codes, scale.numpy(), zero_point, bits=grid.num_bits, group_size=group_size)
+
+
+def _grid(module: torch.nn.Linear) -> tuple[Tensor, Tensor, QuantizationArgs]:
+    """Scales and the codes of weight 0, each [out, groups], and what kind of grid it is."""
     scheme: Any = module.quantization_scheme
-    grid = scheme.weights
-    group_size = grid.group_size or module.in_features
     scale = module.get_parameter("weight_scale").detach().float()
-    zero = torch.zeros_like(scale) if grid.symmetric else module.get_parameter("weight_zero_point").detach().float()
-    middle, top = 1 << (grid.num_bits - 1), (1 << grid.num_bits) - 1
-    if codes is None:
-        weight = module.weight.detach().float().unflatten(1, (-1, group_size))
-        found = (torch.round(weight / scale[:, :, None] + zero[:, :, None]) + middle).clamp(0, top)
-        codes = found.flatten(1).numpy().astype(np.uint8)
-    return GroupedInt.from_zero_point(
-        codes, scale.numpy(), (zero + middle).numpy().astype(np.uint8), bits=grid.num_bits, group_size=group_size
-    )
+    middle = 1 << (scheme.weights.num_bits - 1)
+    if scheme.weights.symmetric:
+        return scale, torch.full_like(scale, middle), scheme.weights
+    return scale, module.get_parameter("weight_zero_point").detach().float() + middle, scheme.weights

@@ -66,7 +66,8 @@ def smoothquant(
     alpha = min(divergences, key=lambda each: divergences[each], default=alphas[0])
     model = load_model(model_dir)
     smooth(model, samples, alpha)
-    fallen_back = _quantize(model, rule, rule.solver, samples, on_layers, finished)
+    blocks = None if finished is None else finished / f"alpha {alpha}"  # another one's weights would not fit
+    fallen_back = _quantize(model, rule, rule.solver, samples, on_layers, blocks)
     return QuantizedLayers(
         read_grids(model),
         counted_fallbacks(fallen_back),

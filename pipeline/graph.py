@@ -21,6 +21,8 @@ class BuildContext:
     stage: the instance's name, for `tracker.log(context.stage, …)`.
     out: directory to write into; becomes the artifact. A resumable stage may find its earlier files there, or those
         of an artifact that it continues.
+    scratch: directory for what only an unfinished build needs, such as checkpoints. A resumable stage may find its
+        earlier files there; it is gone when the artifact is there.
     inputs, manifests: role → directory and manifest of the artifact that fills it; read-only.
     progress: `with context.progress(total, "sampling", "tokens") as bar: bar.update(n)`.
     summary: fill with what the stage wants shown and tracked (JSON values). `summary["lines"]`, a list of
@@ -29,6 +31,7 @@ class BuildContext:
 
     stage: str
     out: Path
+    scratch: Path
     inputs: dict[str, Path]
     manifests: dict[str, Manifest]
     config: dict[str, Any]

@@ -138,7 +138,7 @@ class _Run:
         out = self.store.partial(stage.name, key.digest, keep=stage.resumable, is_forced=is_forced)
         if stage.resumable and not is_forced and not any(out.iterdir()):
             self._continue_artifact(stage, key, out)
-        context = self._context(stage, out)
+        context = self._context(stage, out, self.store.scratch(stage.name, key.digest))
         start = time.monotonic()
         try:
             with ExitStack() as reading, MemoryWatch() as memory:
@@ -167,11 +167,12 @@ class _Run:
                 self._say(stage, f"continues {artifact.path}")
                 return
 
-    def _context(self, stage: Stage, out: Path) -> BuildContext:
+    def _context(self, stage: Stage, out: Path, scratch: Path) -> BuildContext:
         artifacts = {role: self._input(source) for role, source in stage.inputs.items()}
         return BuildContext(
             stage=stage.instance,
             out=out,
+            scratch=scratch,
             inputs={role: artifact.path for role, artifact in artifacts.items()},
             manifests={role: artifact.manifest for role, artifact in artifacts.items()},
             config=stage.config,

@@ -1,6 +1,7 @@
 """Content-addressed artifacts on disk: `<root>/<stage>/<digest>/`, complete or absent.
 
-An artifact is built in `<digest>.partial`, its manifest written last, then renamed. A rebuild moves the old one
+An artifact is built in `<digest>.partial`, its manifest written last, then renamed; what only an unfinished build needs
+lies in `<digest>.scratch` and goes when the artifact is there. A rebuild moves the old one
 to `<digest>.replaced` first; `recover` puts it back when a kill came between the two renames. Whatever the
 instant of a kill, a look-up finds the old artifact, the new one or none, never half of one.
 """
@@ -16,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.formats.digest import sha256_file
+from deploy.formats.safetensors_file import discard_unfinished
 from pipeline.errors import StoreError, is_disk_full, is_not_writable
 from pipeline.locking import Announce, build_lock, use_lock
 from pipeline.manifest import MANIFEST_NAME, Manifest
 
 PARTIAL = ".partial"
+SCRATCH = ".scratch"
 REPLACED = ".replaced"
 COPYING = ".copying"
 FORCED = ".forced"
@@ -132,23 +135,31 @@ class Store:
             return found
 
     def partial(self, stage: str, digest: str, *, keep: bool, is_forced: bool = False) -> Path:
-        """The directory to build in; emptied first unless `keep`. Call only while `building`.
+        """The directory to build in; it and `scratch` are emptied first unless `keep`. Call only while `building`.
 
         is_forced: only what a forced build left is kept.
         """
-        path = self.path(stage, digest).with_name(digest + PARTIAL)
+        path, scratch = self.path(stage, digest).with_name(digest + PARTIAL), self.scratch(stage, digest)
         shutil.rmtree(_copying(path), ignore_errors=True)  # of a run that was killed
         forced = path.with_suffix(FORCED)
-        if path.exists() and not (keep and (forced.exists() or not is_forced)):
-            shutil.rmtree(path)
+        if not (keep and (forced.exists() or not is_forced)):
+            self.discard_partial(stage, digest)
         if is_forced:
             forced.touch()
-        path.mkdir(exist_ok=True)
+        for directory in (path, scratch):
+            directory.mkdir(exist_ok=True)
+            discard_unfinished(directory)
         return path
+
+    def scratch(self, stage: str, digest: str) -> Path:
+        """Beside the directory to build in, one for what is no part of the artifact."""
+        return self.path(stage, digest).with_name(digest + SCRATCH)
 
     def discard_partial(self, stage: str, digest: str) -> None:
         """Remove what a failed build left, if anything."""
-        shutil.rmtree(self.path(stage, digest).with_name(digest + PARTIAL), ignore_errors=True)
+        for directory in (self.path(stage, digest).with_name(digest + PARTIAL), self.scratch(stage, digest)):
+            if directory.exists():
+                shutil.rmtree(directory)
 
     def publish(self, manifest: Manifest, announce: Announce) -> Artifact:
         """Write the manifest into the partial directory and make it the artifact.
@@ -171,7 +182,8 @@ class Store:
             partial.rename(final)
             partial.with_suffix(FORCED).unlink(missing_ok=True)
             _fsync(final.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        for leftover in (replaced, self.scratch(manifest.stage, manifest.digest)):
+            shutil.rmtree(leftover, ignore_errors=True)
         return Artifact(final, manifest)
 
     def explain(self, error: OSError) -> StoreError:

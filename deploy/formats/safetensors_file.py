@@ -45,6 +45,7 @@ _NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
 }
 _NAMES = {dtype: name for name, dtype in _NUMPY_DTYPES.items() if name != "BF16"}
+_UNFINISHED = ".tmp"
 _FLOATS = ("F32", "F16", "BF16")
 
 
@@ -262,12 +263,20 @@ def write_safetensors(
         position += array.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
     try:
         with temporary.open("wb") as stream:
             stream.write(struct.pack("<Q", len(text)) + text)
             for name in order:
                 stream.write(payloads[name][1].reshape(-1).view(np.uint8).data)
+            stream.flush()
+            os.fsync(stream.fileno())  # or, after a power cut, the name may have no contents
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def discard_unfinished(directory: Path) -> None:
+    """Remove what writers that were killed left anywhere under `directory`."""
+    for path in directory.rglob(f".*{_UNFINISHED}"):
+        path.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ from pipeline.stages.export_drafter import CONFIGS
 from pipeline.stages.features import RuntimeFeatures, compare_features
 from pipeline.stages.intermediate import MEASURED
 from pipeline.stages.served_form import SERVED_FORM, read_bytes
-from pipeline.stages.training import remove_traces, run_training, train_settings
+from pipeline.stages.training import run_training, train_settings
 from pipeline.stages.training_history import history, write_history
 from train.data.conversations import Conversation, read_conversations
 from train.eagle.head import EagleHead
@@ -94,7 +94,6 @@ def train_head(unkeyed: dict[str, Any], initial: Path | None, threads: int | Non
     record = _record(config, measured, result, data, heldout.num_conversations, started, is_timed=is_timed)
     write_head(context.out / HEAD, measured, owner, record)
     write_history(context.out / HISTORY, history(loss, result.evaluations, with_seconds=is_timed))
-    remove_traces(context)
     _summarize(context, record, measured, result, compared, is_timed=is_timed)
 
 

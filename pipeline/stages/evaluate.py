@@ -6,7 +6,6 @@ Both depend on the machine, which the summary says (`is_reproducible`).
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -63,7 +62,7 @@ def build(threads: int | None, context: BuildContext) -> None:
     from deploy.runtime.session import Session
 
     config = context.config
-    directory = context.out / "bundle"
+    directory = context.scratch / "bundle"
     bundle = _open(context, directory)
     session = Session.open(bundle, threads=threads)
     factory = DrafterFactory(bundle, session.backend, "cpu", threads)
@@ -83,7 +82,6 @@ def build(threads: int | None, context: BuildContext) -> None:
     again = BenchRequest(modes, records, sampled, costs=costs, expected=expected)
     compared, _ = _bench(context, session, factory, again, f"answers at temperature {config['temperature']}")
     result["sampled"] = {"temperature": config["temperature"], "modes": compared["modes"]}
-    shutil.rmtree(directory)
     _write(context.out / RESULT, result)
     _write(context.out / PLAN, make_plan(result, costs))
     _summarize(context, result)

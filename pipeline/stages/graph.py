@@ -1,6 +1,6 @@
-"""The graph: target → calibrate → quantize → quality → export, with one quantize and one quality per variant; beside
-them the drafters (`graph_drafters`), and what evaluates all models of the bundle just before export, unless
-`evaluate=none`.
+"""The graph: target → calibrate → quantize → quality → export, with one quantize and one quality per variant, `sites`
+before FlattenQuant's; beside them the drafters (`graph_drafters`), and what evaluates all models of the bundle just
+before export, unless `evaluate=none`.
 """
 
 from __future__ import annotations
@@ -100,6 +100,8 @@ def _export(plain: dict[str, Any], target: Stage, qualities: dict[str, Stage], m
     inputs |= {role_of("quantize", name): stage for name, stage in quantized.items()}
     inputs |= {role_of("quality", name): stage for name, stage in qualities.items()}
     inputs |= more
+    sites = [stage.inputs["sites"] for stage in inputs.values() if stage.name == "quantize" and "sites" in stage.inputs]
+    inputs |= {stage.instance: stage for stage in sites}
     bundles, name = Path(plain["bundles"]), plain["name"]
     config = {
         "name": name,

@@ -31,7 +31,7 @@ from pipeline.stages.intermediate import (
     planned_layers,
     sizes,
 )
-from pipeline.stages.training import remove_traces, run_training, train_settings
+from pipeline.stages.training import run_training, train_settings
 from pipeline.stages.training_history import history, write_history
 from train.data.conversations import Conversation, read_conversations
 from train.eagle.initial import make_teacher, target_norm, target_rows
@@ -111,7 +111,6 @@ def train_intermediate(unkeyed: dict[str, Any], threads: int | None, context: Bu
         _restore(best, model)
         write_model(model.lm, written, context.out / MODEL)
     _write(context, work, best, results, told)
-    remove_traces(context)
 
 
 def _start(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,10 @@ from pipeline.stages.quantize_inputs import (
     OBSERVERS,
     calibration_ids,
     describe_layers,
-    finished_blocks,
+    flattenquant,
     num_layers,
     smoothquant,
 )
-from pipeline.stages.sites import flattenquant
 
 TWIN_GRID = WeightGrid(bits=4, group_size=32, symmetric=False)
 
@@ -35,7 +33,6 @@ def build(source: Source, key: str, context: BuildContext) -> None:
     from compress.write import stored_bits_per_weight, write_quantized
 
     target = context.inputs["target"] / "model"
-    finished_blocks(context).mkdir(exist_ok=True)
     try:
         result = _METHODS[context.config["method"]](context, target, source)
     except SettingError as error:
@@ -62,7 +59,6 @@ def build(source: Source, key: str, context: BuildContext) -> None:
     context.summary.pop("layers", None)
     numbers = {key: value for key, value in figures.items() if isinstance(value, float)}
     context.tracker.summary(context.stage, {"bits_per_weight": stats["bits_per_weight"], **counted, **numbers})
-    shutil.rmtree(finished_blocks(context))
 
 
 def _gptq(context: BuildContext, target: Path, source: Source) -> QuantizedLayers:
@@ -79,7 +75,7 @@ def _gptq(context: BuildContext, target: Path, source: Source) -> QuantizedLayer
             activation_order=config["activation_order"],
             on_singular=config["on_singular"],
             on_layers=bar.update,
-            finished=finished_blocks(context),
+            finished=context.scratch,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.grids import QuantizedLayers, WeightGrid
 from compress.target.sources import Source
@@ -13,7 +13,12 @@ from deploy.formats.packed import GroupedInt
 from pipeline.graph import BuildContext
 from pipeline.stages.calibrate import SAMPLES
 
+if TYPE_CHECKING:  # torch, which a reused stage does not need
+    from compress.flattenquant.choice import FlattenRule
+
 OBSERVERS = {"minmax": "memoryless_minmax", "mse": "memoryless_mse", "imatrix_mse": "imatrix_mse"}
+SITE_FILES = "sites"
+"""Where the stage `sites` puts a file for each site."""
 CHOICE_SAMPLES = 8
 """Calibration samples on which SmoothQuant's strengths are compared."""
 MEASURED_SAMPLES = 12
@@ -29,11 +34,6 @@ def calibration_ids(context: BuildContext, at_most: int | None = None) -> list[l
     if at_most is not None:
         samples = spread(samples, min(at_most, len(samples)))
     return [list(sample.ids) for sample in samples]
-
-
-def finished_blocks(context: BuildContext) -> Path:
-    """Where a quantize that is not done keeps what GPTQ has finished."""
-    return context.out / "blocks"
 
 
 def smoothquant(context: BuildContext, target: Path, source: Source) -> QuantizedLayers:
@@ -57,8 +57,47 @@ def smoothquant(context: BuildContext, target: Path, source: Source) -> Quantize
             alphas=config["alpha"],
             choice_samples=calibration_ids(context, CHOICE_SAMPLES),
             on_layers=bar.update,
-            finished=finished_blocks(context),
+            finished=context.scratch,
         )
+
+
+def flattenquant(context: BuildContext, target: Path, source: Source) -> QuantizedLayers:
+    """FlattenQuant by what the stage `sites` measured, and its solver on the flattened weights."""
+    from compress.flattenquant.bits import BitsRule
+    from compress.flattenquant.method import SolverRule
+    from compress.flattenquant.method import flattenquant as method
+
+    config, samples = context.config, calibration_ids(context)
+    bits = BitsRule(**{key: config[key] for key in ("criterion", "gamma", "int4_share")})
+    solver = SolverRule(
+        **{key: config[key] for key in ("solver", "dampening", "activation_order", "on_singular", "correct_inputs")}
+    )
+    sites = context.inputs["sites"] / SITE_FILES
+    with context.progress(num_layers(target), f"FlattenQuant on {len(samples)} samples", "layers") as bar:
+        return method(
+            target,
+            samples,
+            flatten_rule(config),
+            sites,
+            bits,
+            solver,
+            alpha=config["alpha"],
+            on_layers=bar.update,
+            finished=context.scratch,
+        )
+
+
+def flatten_rule(config: dict[str, Any]) -> FlattenRule:
+    """What of the method's configuration says how sites are split."""
+    from compress.flattenquant.choice import FlattenRule
+
+    weights = config["weights"]
+    return FlattenRule(
+        group_size=weights["group_size"],
+        symmetric=weights["symmetric"],
+        observer=OBSERVERS[weights["observer"]],
+        **{key: config[key] for key in ("beta", "threshold", "max_expansion")},
+    )
 
 
 def describe_layers(

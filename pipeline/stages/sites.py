@@ -1,20 +1,13 @@
-"""sites: what FlattenQuant can do with every site of a model, measured once for all shares, thresholds and solvers."""
+"""sites: what FlattenQuant can do with every site of a model, measured once for all shares, criteria and solvers."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from compress.grids import QuantizedLayers
-from compress.target.sources import Source
 from pipeline.graph import BuildContext
-from pipeline.stages.quantize_inputs import OBSERVERS, calibration_ids, finished_blocks, num_layers
+from pipeline.stages.quantize_inputs import SITE_FILES, calibration_ids, flatten_rule, num_layers
 
-if TYPE_CHECKING:  # torch, which a reused stage does not need
-    from compress.flattenquant.choice import FlattenRule
-
-FILES = "sites"
 KEYS = ("alpha", "beta", "threshold", "max_expansion", "weights", "calibration", "num_samples")
 """Of the method's configuration, what the measuring depends on."""
 
@@ -34,10 +27,10 @@ def build(context: BuildContext) -> None:
     from compress.flattenquant.site_files import read_options
 
     config, samples, target = context.config, calibration_ids(context), context.inputs["target"] / "model"
-    directory = context.out / FILES
+    directory = context.out / SITE_FILES
     directory.mkdir(exist_ok=True)
     with context.progress(num_layers(target), f"errors by site on {len(samples)} samples", "layers") as bar:
-        measure_sites(target, samples, _rule(config), directory, alpha=config["alpha"], on_layers=bar.update)
+        measure_sites(target, samples, flatten_rule(config), directory, alpha=config["alpha"], on_layers=bar.update)
     told = {}
     for path in sorted(directory.glob("*.safetensors")):
         options = read_options(path)
@@ -47,43 +40,4 @@ def build(context: BuildContext) -> None:
     errors = sorted(site["error_4"] for site in told.values())
     context.summary.update(
         {"num_sites": len(told), "error_4_median": errors[len(errors) // 2], "error_4_worst": errors[-1]}
-    )
-
-
-def flattenquant(context: BuildContext, target: Path, source: Source) -> QuantizedLayers:
-    """The method of quantize that reads this artifact: FlattenQuant, and its solver on the flattened weights."""
-    from compress.flattenquant.bits import BitsRule
-    from compress.flattenquant.method import SolverRule
-    from compress.flattenquant.method import flattenquant as method
-
-    config, samples = context.config, calibration_ids(context)
-    bits = BitsRule(**{key: config[key] for key in ("criterion", "gamma", "int4_share")})
-    solver = SolverRule(
-        **{key: config[key] for key in ("solver", "dampening", "activation_order", "on_singular", "correct_inputs")}
-    )
-    sites = context.inputs["sites"] / FILES
-    with context.progress(num_layers(target), f"FlattenQuant on {len(samples)} samples", "layers") as bar:
-        return method(
-            target,
-            samples,
-            _rule(config),
-            sites,
-            bits,
-            solver,
-            alpha=config["alpha"],
-            on_layers=bar.update,
-            finished=finished_blocks(context),
-        )
-
-
-def _rule(config: dict[str, Any]) -> FlattenRule:
-    """What of the method's configuration says how sites are split."""
-    from compress.flattenquant.choice import FlattenRule
-
-    weights = config["weights"]
-    return FlattenRule(
-        group_size=weights["group_size"],
-        symmetric=weights["symmetric"],
-        observer=OBSERVERS[weights["observer"]],
-        **{key: config[key] for key in ("beta", "threshold", "max_expansion")},
     )

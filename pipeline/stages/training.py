@@ -70,7 +70,7 @@ def run_training(
     """
     from train.loop.loop import train
 
-    loss = LossLog(context.out / f"{phase}{LOSS}")
+    loss = LossLog(context.scratch / f"{phase}{LOSS}")
 
     def on_log(step: int, metrics: dict[str, float]) -> None:
         loss.add(step, metrics)
@@ -90,7 +90,7 @@ def run_training(
             task,
             sequences,
             settings,
-            context.out / CHECKPOINTS / phase,
+            context.scratch / CHECKPOINTS / phase,
             seed=context.seed,
             features=features,
             on_log=on_log,
@@ -98,12 +98,3 @@ def run_training(
             is_start_trained=is_start_trained,
         )
     return result, loss
-
-
-def remove_traces(context: BuildContext) -> None:
-    """What only an interrupted training needs."""
-    import shutil
-
-    shutil.rmtree(context.out / CHECKPOINTS, ignore_errors=True)
-    for path in context.out.glob(f"*{LOSS}"):
-        path.unlink()

@@ -44,6 +44,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(monkeypatch, tmp_path, 
     found = json.loads(out.read_text())["samplings"]
     assert set(found) == set(identity.SAMPLINGS)
     assert found["greedy"]["auto"] == first["greedy"]["auto"]
+    assert found["greedy"]["auto"]["threads"] >= 1
     assert all(set(by_mode) == {"auto", "lookup"} for by_mode in found.values())
     capsys.readouterr()
     identity.main()
@@ -59,3 +60,25 @@ def test_a_misspelt_mode_is_refused_before_a_model_is_loaded(monkeypatch, tmp_pa
         identity.main()
     assert ended.value.code == 2
     assert "--modes: mode='lokup' is not known; use auto, plain, lookup" in capsys.readouterr().err
+
+
+def test_figures_that_another_run_added_stay_and_a_difference_is_not_forgotten(monkeypatch, tmp_path):
+    """Another run adds a mode while this one works; later, one over other prompts replaces the file."""
+    bundle, prompts, out = Tiny.bundle(tmp_path / "b"), tmp_path / "prompts.jsonl", tmp_path / "out.json"
+    prompts.write_text('{"prompt": "a"}\n')
+    arguments = [str(bundle), "--prompts", str(prompts), "--tokens", "8", "--json", str(out), "--samplings", "greedy"]
+    monkeypatch.setattr(sys, "argv", ["identity", *arguments])
+    monkeypatch.setattr(identity.Session, "encode_chat", lambda _self, _messages: [1, 2, 3])
+    result = {"bundle": "b", "prompts": 1, "tokens": 8, "machine": {}}
+
+    def one_differs(*_arguments):
+        identity.record(out, result, "greedy", "eagle", {"same": 1, "total": 1})
+        yield "auto", {"same": 0, "total": 1}
+        assert set(json.loads(out.read_text())["samplings"]["greedy"]) == {"eagle", "auto"}
+        identity.record(out, {**result, "prompts": 2}, "greedy", "eagle", {"same": 2, "total": 2})
+        yield "lookup", {"same": 1, "total": 1}
+
+    monkeypatch.setattr(identity, "compare", one_differs)
+    with pytest.raises(SystemExit, match=r"differ from plain decoding's, a bug: greedy, auto$"):
+        identity.main()
+    assert set(json.loads(out.read_text())["samplings"]["greedy"]) == {"lookup"}

@@ -373,7 +373,5 @@ def test_layers_that_fell_back_are_remembered(directory: Path, tmp_path: Path) -
     assert whole.fallbacks
     with pytest.raises(KeyboardInterrupt):
         gptq(directory, samples, finished=tmp_path, on_layers=stop_at(9), **few)
-    resumed = gptq(directory, samples, finished=tmp_path, **few)
-    assert {name: sorted(layers) for name, layers in resumed.fallbacks.items()} == {
-        name: sorted(layers) for name, layers in whole.fallbacks.items()
-    }
+    for _ in ("with one block that is done", "with both"):
+        assert gptq(directory, samples, finished=tmp_path, **few).fallbacks == whole.fallbacks

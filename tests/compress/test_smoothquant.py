@@ -32,10 +32,20 @@ def rule(weights: WeightGrid = W8, bits: int = 8, scope: str = "token", solver: 
 
 
 def quantized(
-    directory: Path, samples: list[list[int]], how: SmoothQuantRule, alphas: tuple[float, ...] = (0.5,)
+    directory: Path,
+    samples: list[list[int]],
+    how: SmoothQuantRule,
+    alphas: tuple[float, ...] = (0.5,),
+    finished: Path | None = None,
 ) -> QuantizedLayers:
     return smoothquant(
-        directory, samples, how, alphas=alphas, choice_samples=samples[:2], on_layers=lambda num_layers: None
+        directory,
+        samples,
+        how,
+        alphas=alphas,
+        choice_samples=samples[:2],
+        on_layers=lambda num_layers: None,
+        finished=finished,
     )
 
 
@@ -57,6 +67,16 @@ def directory(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def samples() -> list[list[int]]:
     rng = random.Random(0)
     return [[rng.randrange(3, 271) for _ in range(length)] for length in (61, 40, 57, 64)]
+
+
+def test_blocks_of_another_strength_are_not_taken(directory: Path, samples: list[list[int]], tmp_path: Path) -> None:
+    how = rule(W4, solver="gptq")
+    weak, strong = (quantized(directory, samples, how, (alpha,)) for alpha in (0.2, 0.8))
+    for alpha, whole in ((0.2, weak), (0.8, strong), (0.2, weak)):
+        found = quantized(directory, samples, how, (alpha,), finished=tmp_path)
+        for name, weight in whole.layers.items():
+            np.testing.assert_array_equal(found.layers[name].q, weight.q, err_msg=name)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 4
 
 
 @pytest.mark.parametrize("alpha", [0.3, 0.8])

@@ -261,7 +261,7 @@ def test_a_training_that_is_killed_goes_on_and_ends_in_the_same_drafter(
     place.run(*asked, "store=whole")
     (whole,) = (tmp_path / "whole" / kind).glob(f"*/{written}")
     process = place.start(*asked)
-    wait_for(lambda: list((tmp_path / "artifacts").glob(f"{kind}/*.partial/{checkpoints}/checkpoint-*[0-9]")), process)
+    wait_for(lambda: list((tmp_path / "artifacts").glob(f"{kind}/*.scratch/{checkpoints}/checkpoint-*[0-9]")), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     said = place.run(*asked)

@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from deploy.formats.safetensors_file import write_safetensors
 from pipeline.errors import StoreError
 from pipeline.graph import BuildContext
 from pipeline.run import closing_lines, package_versions
@@ -142,6 +144,50 @@ def test_a_failed_build_keeps_its_partial_files_only_when_resumable(bench: Any, 
         bench.run([stage])
     bench.run([stage])
     assert seen == [[], ["half"] if is_resumable else []]
+
+
+@pytest.mark.parametrize("is_resumable", [False, True])
+def test_scratch_outlives_an_interruption_even_of_the_publishing_and_ends_with_the_build(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, *, is_resumable: bool
+) -> None:
+    seen = []
+
+    def build(context: BuildContext) -> None:
+        seen.append(sorted(path.name for path in context.scratch.iterdir()))
+        (context.scratch / f"checkpoint {len(seen)}").write_text("x")
+        (context.out / "done").write_text("y")
+
+    def interrupted(*_arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    stage = bench.stage("train", build=build, resumable=is_resumable)
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.run.list_files", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            bench.run([stage])
+    (outcome,) = bench.run([stage])
+    assert seen == [[], ["checkpoint 1"] if is_resumable else []]
+    assert list(outcome.artifact.manifest.files) == ["done"]
+    assert [path.name for path in outcome.artifact.path.parent.iterdir()] == [outcome.artifact.path.name]
+    bench.run([stage], force=("train",))
+    assert seen[-1] == []
+
+
+def test_what_a_killed_writer_left_is_no_part_of_the_artifact(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(context: BuildContext) -> None:
+        (context.out / "model").mkdir(exist_ok=True)
+        write_safetensors(context.out / "model" / "a.safetensors", {"x": np.zeros(3, np.float32)})
+
+    stage = bench.stage("train", build=build, resumable=True)
+    with monkeypatch.context() as patched:  # as SIGKILL would: nothing is cleared up
+        patched.setattr(Path, "replace", lambda *_: pytest.fail("killed"))
+        patched.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(pytest.fail.Exception):
+            bench.run([stage])
+    (partial,) = (path for path in bench.store.root.glob("train/*.partial"))
+    assert len(list((partial / "model").iterdir())) == 1
+    (outcome,) = bench.run([stage])
+    assert list(outcome.artifact.manifest.files) == ["model/a.safetensors"]
 
 
 def test_a_forced_resumable_stage_starts_from_nothing(bench: Any) -> None:

@@ -85,9 +85,11 @@ def inputs(tmp_path: Path) -> dict[str, Path]:
 
 
 def context(out: Path, inputs: dict[str, Path], **changes: Any) -> BuildContext:
-    out.mkdir()
+    scratch = out.with_name(f"{out.name}-scratch")
+    for directory in (out, scratch):
+        directory.mkdir()
     tracker: Any = SimpleNamespace(summary=lambda *_: None, log=lambda *_: None)
-    return BuildContext("evaluate", out, inputs, {}, {**CONFIG, **changes}, 3, tracker, progress)
+    return BuildContext("evaluate", out, scratch, inputs, {}, {**CONFIG, **changes}, 3, tracker, progress)
 
 
 def test_it_writes_the_measurement_and_the_plan_and_says_that_they_are_this_machines(
@@ -114,9 +116,10 @@ def test_it_writes_the_measurement_and_the_plan_and_says_that_they_are_this_mach
 def test_its_input_stays_as_it_is(tmp_path: Path, inputs: dict[str, Path]) -> None:
     weights = inputs["quantize"] / "model" / "model.safetensors"
     before = weights.read_bytes()
-    build(1, context(tmp_path / "out", inputs))
+    made = context(tmp_path / "out", inputs)
+    build(1, made)
     assert weights.read_bytes() == before
-    assert weights.stat().st_nlink == 1
+    assert {path.name for path in made.scratch.iterdir()} == {"bundle"}  # of links, gone with the build
 
 
 def test_without_generated_conversations_windows_of_text_are_continued(tmp_path: Path, inputs: dict[str, Path]) -> None:

@@ -266,6 +266,7 @@ def test_shares_and_solvers_read_the_same_measured_sites(graph: Graph, override:
     first, other = graph("quantize=flattenquant"), graph("quantize=flattenquant", override)
     assert (first["sites"].config == other["sites"].config) == is_shared
     assert first["quantize"].config != other["quantize"].config
+    assert first["export"].inputs["sites"] is first["sites"]
     assert "sites" not in graph("quantize=smoothquant")
 
 

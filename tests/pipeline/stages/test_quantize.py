@@ -88,11 +88,14 @@ def context(inputs: dict[str, Path], out: Path, config: dict[str, Any]) -> Any:
     def progress(total: int, label: str, unit: str) -> Any:
         yield SimpleNamespace(update=lambda count: None)
 
-    out.mkdir(exist_ok=True)
+    scratch = out.with_name(f"{out.name}-scratch")
+    for directory in (out, scratch):
+        directory.mkdir(exist_ok=True)
     return SimpleNamespace(
         stage="quantize",
         inputs=inputs,
         out=out,
+        scratch=scratch,
         config=config,
         summary={},
         progress=progress,
@@ -127,12 +130,12 @@ def test_a_build_that_was_interrupted_goes_on_and_gives_the_same_bytes(
 
         yield SimpleNamespace(update=update)
 
-    again = context(built.inputs, tmp_path, built.config)
+    again = context(built.inputs, tmp_path / "again", built.config)
     again.progress = progress
     with pytest.raises(KeyboardInterrupt):
         quantize.build(NO_FILE, "quantize", again)
-    assert [path.name for path in tmp_path.iterdir()] == ["blocks"]
-    assert len(list((tmp_path / "blocks").iterdir())) == 1
+    assert not list(again.out.iterdir())
+    assert len(list(again.scratch.rglob("*.safetensors"))) == 1
     done.clear()
     is_interrupted = False
     with monkeypatch.context() as patched:
@@ -143,7 +146,7 @@ def test_a_build_that_was_interrupted_goes_on_and_gives_the_same_bytes(
     quantize.build(NO_FILE, "quantize", again)
     whole, resumed = (
         {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-        for out in (built.out, tmp_path)
+        for out in (built.out, again.out)
     )
     assert whole == resumed
 
