@@ -136,9 +136,12 @@ class _Run:
 
     def _build(self, stage: Stage, key: Key, *, is_forced: bool) -> Artifact:
         out = self.store.partial(stage.name, key.digest, keep=stage.resumable, is_forced=is_forced)
-        if stage.resumable and not is_forced and not any(out.iterdir()):
+        scratch = self.store.scratch(stage.name, key.digest)
+        if any(out.iterdir()) or any(scratch.iterdir()):
+            self._say(stage, "goes on where an earlier build was interrupted")
+        elif not is_forced:
             self._continue_artifact(stage, key, out)
-        context = self._context(stage, out, self.store.scratch(stage.name, key.digest))
+        context = self._context(stage, out, scratch)
         start = time.monotonic()
         try:
             with ExitStack() as reading, MemoryWatch() as memory:

@@ -167,6 +167,7 @@ def test_scratch_outlives_an_interruption_even_of_the_publishing_and_ends_with_t
             bench.run([stage])
     (outcome,) = bench.run([stage])
     assert seen == [[], ["checkpoint 1"] if is_resumable else []]
+    assert any("goes on where an earlier build was interrupted" in line for line in bench.lines) == is_resumable
     assert list(outcome.artifact.manifest.files) == ["done"]
     assert [path.name for path in outcome.artifact.path.parent.iterdir()] == [outcome.artifact.path.name]
     bench.run([stage], force=("train",))
