@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from deploy.formats.unfinished import unfinished
 from deploy.kernels.cpu.library import Runtime
 from deploy.runtime.machine import describe_machine
 
@@ -45,6 +46,6 @@ def write_json(path: Path | None, result: dict[str, Any]) -> None:
     """Write the result where a path was given; a half-written file never has its name."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".unfinished")
-        unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        temporary = unfinished(path)
+        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)

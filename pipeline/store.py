@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.formats.digest import sha256_file
-from deploy.formats.safetensors_file import discard_unfinished
+from deploy.formats.unfinished import discard_unfinished
 from pipeline.errors import StoreError, is_disk_full, is_not_writable
 from pipeline.locking import Announce, build_lock, use_lock
 from pipeline.manifest import MANIFEST_NAME, Manifest

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from compress.target.gguf_convert import check_file, model_config
 from compress.target.gguf_source import GgufFile
-from compress.target.gguf_tokenizer import PRE_TOKENIZERS, pre_tokenizer_name
+from compress.target.gguf_tokenizer import PRE_TOKENIZERS, pre_tokenizer_name, tokenizer_config
 from compress.target.sources import Source, check_directory
 from deploy.formats.architectures import ModelShape
+from deploy.formats.chat import FIXED_DAY, ChatTemplate, ChatTemplateError, around_user_turn
 
 UNUSED = 5
 """A GGUF token type."""
@@ -36,6 +37,42 @@ def read_shape(source: Source) -> ModelShape:
         num_tokens = len(file.tokenizer_metadata().get("tokens", "?"))
         return ModelShape.from_config({**model_config(file), "vocab_size": num_tokens, "tie_word_embeddings": tied})
     return ModelShape.from_config(json.loads((source.path / "config.json").read_text(encoding="utf-8")))
+
+
+def has_user_header(source: Source) -> bool:
+    """Whether the source's chat template writes something by which the model knows that a user speaks.
+
+    A base model has none, mostly, and cannot write user turns. Raises ValueError when the template does not compile or
+    takes no user turn.
+    """
+    try:
+        template = _chat_template(source)
+        if template is None:
+            return False
+        before, _ = around_user_turn(lambda messages: template.render(messages, add_generation_prompt=True))
+    except ChatTemplateError as error:
+        raise ValueError(f"target.path={source.origin}: {error}") from error
+    return bool(before.removeprefix(template.bos_token))
+
+
+def _chat_template(source: Source) -> ChatTemplate | None:
+    if source.kind == "gguf":
+        file = open_gguf(source.path)
+        text, tokens = file.metadata.get("tokenizer.chat_template"), tokenizer_config(file.tokenizer_metadata())
+    else:
+        config = source.path / "tokenizer_config.json"
+        tokens = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        path = source.path / "chat_template.jinja"
+        text = path.read_text(encoding="utf-8") if path.is_file() else tokens.get("chat_template")
+        if not isinstance(text, str):  # several by name, or in an older place, or none
+            from transformers import AutoTokenizer
+
+            text = AutoTokenizer.from_pretrained(source.path).chat_template
+            text = text.get("default") if isinstance(text, dict) else text
+    if not isinstance(text, str):
+        return None
+    bos = tokens.get("bos_token") or ""
+    return ChatTemplate(text, bos_token=bos["content"] if isinstance(bos, dict) else bos, day=FIXED_DAY)
 
 
 def tokenizer_rules(source: Source) -> dict[str, str]:

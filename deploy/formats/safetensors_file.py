@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deploy.formats.errors import FormatError
+from deploy.formats.unfinished import unfinished
 
 # The most that 4096 packed layers need. Parsed, a hostile header takes twenty times its size in memory; the safetensors
 # package's own limit, 100 MB, would let it have gigabytes.
@@ -45,7 +46,6 @@ _NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
 }
 _NAMES = {dtype: name for name, dtype in _NUMPY_DTYPES.items() if name != "BF16"}
-_UNFINISHED = ".tmp"
 _FLOATS = ("F32", "F16", "BF16")
 
 
@@ -263,7 +263,7 @@ def write_safetensors(
         position += array.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
+    temporary = unfinished(path)
     try:
         with temporary.open("wb") as stream:
             stream.write(struct.pack("<Q", len(text)) + text)
@@ -274,9 +274,3 @@ def write_safetensors(
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def discard_unfinished(directory: Path) -> None:
-    """Remove what writers that were killed left anywhere under `directory`."""
-    for path in directory.rglob(f".*{_UNFINISHED}"):
-        path.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.graph import BuildContext
 from pipeline.stages import text_sources
+from pipeline.stages.chat_check import check_prompts
 
 if TYPE_CHECKING:
     from train.data.chat_format import ChatFormat
@@ -162,12 +163,8 @@ def _recipe(config: dict[str, Any], context_length: int, seed: int) -> Recipe:
 def _check_fit(config: dict[str, Any], recipe: Recipe, chat: ChatFormat) -> None:
     """Raises ValueError when the model cannot write prompts, or its context is too short for the budgets."""
     longest = config["max_tokens"]
+    check_prompts(config["prompts"]["share"], lambda: chat.has_user_header)
     if config["prompts"]["share"] < 1:
-        if not chat.has_user_header:
-            raise ValueError(
-                "the target's chat template has no user header (a base model?), so that it cannot write prompts; give"
-                " some: generate=prompts generate.prompts.path=FILE"
-            )
         first_words = max((len(chat.token_ids(words)) for words in recipe.self_written.first_words), default=0)
         longest += len(chat.user_prefix_ids()) + first_words + config["self_written"]["max_tokens"]
     if longest > recipe.context_length:

@@ -21,7 +21,8 @@ from compress.target.sources import Source, find_source
 from deploy.formats.architectures import ModelShape
 from pipeline.graph import Stage, lazy
 from pipeline.stages import eagle, generate, intermediate, quantize_check
-from pipeline.stages.context_check import ReadShape, check_fits_context
+from pipeline.stages.chat_check import check_prompts
+from pipeline.stages.context_check import check_fits_context
 from pipeline.stages.drafter_checks import check_heldout
 from pipeline.stages.export_drafter import CONFIGS
 from pipeline.stages.graph_models import TORCH, VERSIONS, quantize_stage, target_stage
@@ -38,7 +39,7 @@ def drafter_stages(plain: dict[str, Any], source: Source, models: dict[str, Stag
     has_head, has_intermediate = (plain[key]["method"] != "none" for key in ("eagle", "intermediate"))
     if not has_head and not has_intermediate:
         return {}
-    generated = _generate(plain, models["target"], models["quantize"], partial(_read_shape, source))
+    generated = _generate(plain, models["target"], models["quantize"], source)
     known = {**models, "generate": generated}
     found = {"generate": known["generate"]}
     if has_head:
@@ -52,11 +53,12 @@ def least_acceptance(plain: dict[str, Any], stages: dict[str, Stage]) -> dict[st
     return {role: plain[key]["min_acceptance"] for role, key in CONFIGS.items() if role in stages}
 
 
-def _generate(plain: dict[str, Any], target: Stage, quantized: Stage, read_shape: ReadShape) -> Stage:
-    config = plain["generate"]
+def _generate(plain: dict[str, Any], target: Stage, quantized: Stage, source: Source) -> Stage:
+    config, read_shape = plain["generate"], partial(_read_shape, source)
 
     def check(_config: dict[str, Any]) -> None:
         generate.check(config)
+        check_prompts(config["prompts"]["share"], partial(lazy("compress.target.inspect:has_user_header"), source))
         written = config["self_written"]["max_tokens"] if config["prompts"]["share"] < 1 else 1
         check_fits_context("generate.max_tokens", config["max_tokens"], read_shape, beside=written)
 

@@ -9,7 +9,8 @@ from typing import Any
 from compress.target.sources import Source
 from pipeline.graph import Stage, lazy
 from pipeline.stages import calibrate, sites
-from pipeline.stages.context_check import ReadShape, check_fits_context
+from pipeline.stages.chat_check import check_conversations
+from pipeline.stages.context_check import check_fits_context
 from pipeline.stages.quantize_check import CALIBRATED
 
 TORCH = ("torch", "transformers")
@@ -45,11 +46,15 @@ def target_stage(source: Source, instance: str = "target") -> Stage:
     )
 
 
-def calibrate_stage(config: dict[str, Any], seed: int, target: Stage, read_shape: ReadShape) -> Stage:
-    """Samples for calibration, and held-out ones. read_shape: () → the target's."""
+def calibrate_stage(config: dict[str, Any], seed: int, target: Stage, source: Source) -> Stage:
+    """Samples for calibration, and held-out ones. source: of the target."""
+    read_shape, has_header = (
+        partial(lazy(f"compress.target.inspect:{what}"), source) for what in ("read_shape", "has_user_header")
+    )
 
     def check(_keyed: dict[str, Any]) -> None:
         calibrate.check(config)
+        check_conversations(config["chat"], has_header)
         check_fits_context("calibrate.sequence_length", config["sequence_length"], read_shape)
 
     return Stage(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pipeline.schema import register
 from pipeline.stages.eagle import feature_layers
 from pipeline.stages.eagle_schema import TrainConfig
 from pipeline.stages.graph import MAX_SEED, build_graph
+from tests.tiny_llama import TINY_LLAMA
 from train.loop.settings import TrainSettings
 
 Graph = Callable[..., dict[str, Stage]]
@@ -524,3 +526,30 @@ def test_configs_of_stages_hold_no_paths(graph: Graph, tmp_path: Path) -> None:
 
     for stage in graph(f"store={tmp_path}").values():
         assert not [text for text in texts(stage.config) if "/" in text], stage.instance
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stage", "message"),
+    [
+        ((), "calibrate", r"no user header .* conversations; set calibrate\.chat\.num_samples=0"),
+        ((), "generate", r"no user header .* prompts; give some: generate=prompts"),
+        (("calibrate.chat.num_samples=0", "calibrate.chat.num_heldout=0"), "calibrate", None),
+        (("generate=prompts", "generate.prompts.path=prompts.jsonl"), "generate", None),
+    ],
+)
+def test_a_base_model_is_asked_for_nothing_that_it_cannot_write(
+    graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], stage: str, message: str
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(TINY_LLAMA))
+    (tmp_path / "model" / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}')
+    monkeypatch.chdir(tmp_path)
+    small = ("calibrate.sequence_length=64", "generate.max_tokens=32", "generate.self_written.max_tokens=16")
+    made = graph("target=hf", "target.name=x", f"target.path={tmp_path / 'model'}", *small, *overrides)[stage]
+    assert made.check is not None
+    if message is None:
+        made.check(made.config)
+        return
+    with pytest.raises(ValueError, match=message):
+        made.check(made.config)
