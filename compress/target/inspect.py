@@ -10,6 +10,7 @@ from compress.target.gguf_tokenizer import PRE_TOKENIZERS, pre_tokenizer_name, t
 from compress.target.sources import Source, check_directory
 from deploy.formats.architectures import ModelShape
 from deploy.formats.chat import FIXED_DAY, ChatTemplate, ChatTemplateError, around_user_turn
+from deploy.formats.model_dir import read_json
 
 UNUSED = 5
 """A GGUF token type."""
@@ -61,14 +62,11 @@ def _chat_template(source: Source) -> ChatTemplate | None:
         text, tokens = file.metadata.get("tokenizer.chat_template"), tokenizer_config(file.tokenizer_metadata())
     else:
         config = source.path / "tokenizer_config.json"
-        tokens = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        tokens = read_json(config) if config.is_file() else {}
         path = source.path / "chat_template.jinja"
         text = path.read_text(encoding="utf-8") if path.is_file() else tokens.get("chat_template")
-        if not isinstance(text, str):  # several by name, or in an older place, or none
-            from transformers import AutoTokenizer
-
-            text = AutoTokenizer.from_pretrained(source.path).chat_template
-            text = text.get("default") if isinstance(text, dict) else text
+        if isinstance(text, list):
+            text = {each.get("name"): each.get("template") for each in text}.get("default")
     if not isinstance(text, str):
         return None
     bos = tokens.get("bos_token") or ""
