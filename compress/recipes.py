@@ -155,26 +155,26 @@ def read_grids(model: PreTrainedModel) -> dict[str, GroupedInt]:
 
 
 def codes_of(module: torch.nn.Linear) -> npt.NDArray[np.uint8]:
-    """Codes [out, in] of one such module's weight, whose values lie on its grid."""
+    """Codes [out, in] of one such module's weight: of its values on the grid, or of those nearest to them."""
     scale, zero, grid = _grid(module)
+    middle, top = 1 << (grid.num_bits - 1), (1 << grid.num_bits) - 1
     weight = module.weight.detach().float().unflatten(1, (scale.shape[1], -1))
-    top = (1 << grid.num_bits) - 1
-    codes = (torch.round(weight / scale[:, :, None] + zero[:, :, None])).clamp(0, top)
+    codes = (torch.round(weight / scale[:, :, None] + zero[:, :, None]) + middle).clamp(0, top)
     return codes.flatten(1).numpy().astype(np.uint8)
 
 
 def grid_of(module: torch.nn.Linear, codes: npt.NDArray[np.uint8]) -> GroupedInt:
     """The weight with these codes on one such module's grid."""
     scale, zero, grid = _grid(module)
-    group_size, zero_point = grid.group_size or module.in_features, zero.numpy().astype(np.uint8)
+    zero_point = (zero + (1 << (grid.num_bits - 1))).numpy().astype(np.uint8)
+    group_size = grid.group_size or module.in_features
     return GroupedInt.from_zero_point(codes, scale.numpy(), zero_point, bits=grid.num_bits, group_size=group_size)
 
 
 def _grid(module: torch.nn.Linear) -> tuple[Tensor, Tensor, QuantizationArgs]:
-    """Scales and the codes of weight 0, each [out, groups], and what kind of grid it is."""
+    """Scales and zero points, each [out, groups], and what kind of grid it is. The library's codes are signed."""
     scheme: Any = module.quantization_scheme
     scale = module.get_parameter("weight_scale").detach().float()
-    middle = 1 << (scheme.weights.num_bits - 1)
     if scheme.weights.symmetric:
-        return scale, torch.full_like(scale, middle), scheme.weights
-    return scale, module.get_parameter("weight_zero_point").detach().float() + middle, scheme.weights
+        return scale, torch.zeros_like(scale), scheme.weights
+    return scale, module.get_parameter("weight_zero_point").detach().float(), scheme.weights
