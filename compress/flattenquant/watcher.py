@@ -23,8 +23,7 @@ ROWS_PER_SITE = 256
 class SiteWatcher(Modifier):
     """Measures every site with 4 bits and with 8 (`choice.site_options`) and writes one file for each.
 
-    num_samples: of the calibration; directory: where the files go. A site whose file is there
-    is not measured again.
+    num_samples: of the calibration; directory: where the files go. A site whose file is there is not measured again.
     """
 
     requires_calibration_data: bool = True

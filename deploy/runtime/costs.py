@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from deploy.formats.unfinished import unfinished
 from deploy.runtime.backend import SEQUENCE_END, Backend, Row
 from deploy.runtime.drafters.base import DraftModel
 from deploy.runtime.sampling import SamplingParams
@@ -204,7 +205,7 @@ def read_costs(path: Path) -> Costs | None:
 def write_costs(path: Path, costs: Costs) -> None:
     """Atomically. Raises OSError where the cache cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = unfinished(path)
     try:
         temporary.write_text(json.dumps(costs.to_json(), indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
