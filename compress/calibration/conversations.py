@@ -8,10 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jinja2
-import torch
-from transformers import PreTrainedModel
 
-from compress.calibration.generate import Continuation, SamplingRule, drop_most_perplexing, sample_continuations
+from compress.calibration.generate import Continuation, SamplingRule, Writer, drop_most_perplexing
 from deploy.formats.chat import TURN_MARKER, around_user_turn
 
 
@@ -71,24 +69,37 @@ class ConversationBudget:
     system_share: float
     drop_share: float
 
+    @property
+    def num_wanted(self) -> int:
+        """Conversations to write, those included that are dropped again."""
+        return round(self.num_samples / (1 - self.drop_share) + 0.5)
+
+    @property
+    def num_begun(self) -> int:
+        """User turns to write."""
+        return round(self.num_wanted * UNFINISHED_ALLOWANCE) + UNFINISHED_EXTRA
+
+    @property
+    def most_tokens(self) -> int:
+        """What is written at most, dropped texts included."""
+        return self.num_begun * self.prompt_tokens + self.num_wanted * self.response_tokens
+
 
 UNFINISHED_ALLOWANCE, UNFINISHED_EXTRA = 1.3, 6
 """User turns that do not end within `prompt_tokens` are dropped; about a fifth is (measured), so more are begun."""
 
 
 def write_conversations(
-    model: PreTrainedModel,
+    writer: Writer,
     encode: Callable[[str], list[int]],
     frame: ChatFrame,
     rule: SamplingRule,
     budget: ConversationBudget,
     *,
     seed: int,
-    on_step: Callable[[int], None],
 ) -> list[list[int]]:
     """Token ids of `budget.num_samples` conversations of one user turn and one answer each.
 
-    on_step: called with 1 after each decoding step of the whole batch (at most prompt_tokens + response_tokens).
     Raises ValueError when too few user turns end, which means that the chat template does not fit the model, and when
     the template has nothing to begin a user turn with.
     """
@@ -97,33 +108,28 @@ def write_conversations(
             "the target's chat template has no user header (a base model?), so that it cannot write conversations; set"
             " calibrate.chat.num_samples=0 calibrate.chat.num_heldout=0"
         )
-    generator = torch.Generator().manual_seed(seed)
-    num_wanted = round(budget.num_samples / (1 - budget.drop_share) + 0.5)
-    num_begun = round(num_wanted * UNFINISHED_ALLOWANCE) + UNFINISHED_EXTRA
     first, system = encode(frame.first) if frame.first else [], encode(frame.system) if frame.system else []
     header, bridge = encode(frame.before), encode(frame.after)
-
-    def continued(prompts: list[list[int]], num_tokens: int) -> list[Continuation]:
-        return sample_continuations(
-            model, prompts, rule, num_tokens=num_tokens, generator=generator, on_step=lambda _num_rows: on_step(1)
-        )
-
-    asked = continued([first + system + header] * num_begun, budget.prompt_tokens)
-    complete = [i for i, turn in enumerate(asked) if turn.is_finished and len(turn.tokens) > 1]
+    asked = writer.continue_texts(
+        dict.fromkeys(range(budget.num_begun), first + system + header),
+        rule,
+        num_tokens=budget.prompt_tokens,
+        seed=seed,
+        will_go_on=True,
+    )
+    complete = [number for number, turn in asked.items() if turn.is_finished and len(turn.tokens) > 1]
     if len(complete) < budget.num_samples:
         raise ValueError(
-            f"only {len(complete)} of {num_begun} self-written user turns ended within calibrate.chat.prompt_tokens="
-            f"{budget.prompt_tokens}; raise it, or use calibrate=texts"
+            f"only {len(complete)} of {budget.num_begun} self-written user turns ended within"
+            f" calibrate.chat.prompt_tokens={budget.prompt_tokens}; raise it, or use calibrate=texts"
         )
-    complete = complete[:num_wanted]
-    contexts = [first + system + header + _without_end(asked[i], rule.end_ids) + bridge for i in complete]
-    answers = continued(contexts, budget.response_tokens)
+    complete = sorted(complete)[: budget.num_wanted]
+    contexts = {i: first + system + header + _without_end(asked[i], rule.end_ids) + bridge for i in complete}
+    answers = writer.continue_texts(contexts, rule, num_tokens=budget.response_tokens, seed=seed)
     kept = drop_most_perplexing(
-        [[asked[i], answer] for i, answer in zip(complete, answers, strict=True)],
-        share=budget.drop_share,
-        min_kept=budget.num_samples,
+        [[asked[i], answers[i]] for i in complete], share=budget.drop_share, min_kept=budget.num_samples
     )
-    written = [contexts[index] + answers[index].tokens for index in kept][: budget.num_samples]
+    written = [contexts[i] + answers[i].tokens for i in (complete[place] for place in kept)][: budget.num_samples]
     bare_from = len(first) + len(system)
     return [ids if _is_every(budget.system_share, i) else first + ids[bare_from:] for i, ids in enumerate(written)]
 

@@ -102,14 +102,18 @@ class CpuBackend(CpuModel):
         token_rows: Sequence[int] | None = None,
         sample_index: int | Sequence[int] = 0,
         continues: bool = False,
+        logits: Float32 | None = None,
     ) -> ForwardTokens:
-        """As of a Backend; the tokens are chosen natively. continues: as of `forward`."""
+        """As of a Backend; the tokens are chosen natively. continues: as of `forward`.
+
+        logits: an array [rows asked for, the head's tokens] that is filled with what they are chosen from.
+        """
         self._check(rows, taps, token_rows, continues)
         wanted = range(len(rows)) if token_rows is None else token_rows
         params, indices = per_row(len(wanted), sampling, sample_index)
         how = native_samplings(params, indices)
         chosen = array("q", bytes(8 * max(1, len(wanted))))
-        tapped = self._run(rows, taps, token_rows, continues, how=how, chosen=chosen)
+        tapped = self._run(rows, taps, token_rows, continues, logits=logits, how=how, chosen=chosen)
         return ForwardTokens(chosen[: len(wanted)].tolist(), tapped)
 
     def _check(

@@ -45,7 +45,7 @@ def build_graph(config: Config) -> list[Stage]:
     source = find_source(*(plain["target"][key] for key in ("kind", "path", "package", "revision")))
     target = target_stage(source)
     read_shape = partial(lazy("compress.target.inspect:read_shape"), source)
-    samples = calibrate_stage(plain["calibrate"], plain["seed"], target, source)
+    samples = calibrate_stage(plain["calibrate"], plain["seed"], plain["threads"], target, source)
     methods = {"": plain["quantize"], **_variants(plain, source)}
     qualities = {}
     for name, method in methods.items():

@@ -10,13 +10,12 @@ from compress.target.sources import Source
 from pipeline.graph import Stage, lazy
 from pipeline.stages import calibrate, sites
 from pipeline.stages.chat_check import check_conversations
-from pipeline.stages.context_check import check_fits_context
 from pipeline.stages.quantize_check import CALIBRATED
 
 TORCH = ("torch", "transformers")
 VERSIONS = {
     "target": 2,
-    "calibrate": 1,
+    "calibrate": 2,
     "sites": 1,
     "quantize": 1,
     "quality": 1,
@@ -46,8 +45,8 @@ def target_stage(source: Source, instance: str = "target") -> Stage:
     )
 
 
-def calibrate_stage(config: dict[str, Any], seed: int, target: Stage, source: Source) -> Stage:
-    """Samples for calibration, and held-out ones. source: of the target."""
+def calibrate_stage(config: dict[str, Any], seed: int, threads: int | None, target: Stage, source: Source) -> Stage:
+    """Samples for calibration, and held-out ones. source: of the target. threads: None for all there are."""
     read_shape, has_header = (
         partial(lazy(f"compress.target.inspect:{what}"), source) for what in ("read_shape", "has_user_header")
     )
@@ -55,14 +54,14 @@ def calibrate_stage(config: dict[str, Any], seed: int, target: Stage, source: So
     def check(_keyed: dict[str, Any]) -> None:
         calibrate.check(config)
         check_conversations(config["chat"], has_header)
-        check_fits_context("calibrate.sequence_length", config["sequence_length"], read_shape)
+        calibrate.check_lengths(config, read_shape)
 
     return Stage(
         name="calibrate",
         instance="calibrate",
         version=VERSIONS["calibrate"],
         config=calibrate.keyed(config),
-        build=partial(lazy("pipeline.stages.calibrate:build"), config["text"]),
+        build=partial(lazy("pipeline.stages.calibrate:build"), config["text"], threads),
         inputs={"target": target},
         seed=seed,
         packages=calibrate.packages(config),

@@ -10,6 +10,8 @@ import pytest
 
 from compress.calibration.conversations import ChatFrame, ConversationBudget, write_conversations
 from compress.calibration.generate import SamplingRule
+from deploy.runtime.cpu_backend import CpuBackend
+from pipeline.stages.text_writer import RuntimeWriter
 
 CHATML = (
     "{% for m in messages %}"
@@ -147,20 +149,24 @@ def encode(text: str) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def model(tiny: Any) -> Any:
+def backend(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> CpuBackend:
     """Says anything, and ends a turn after about a dozen tokens (22 of 271 end it)."""
+    path = tmp_path_factory.mktemp("conversations")
     model = tiny.causal_lm(tie_word_embeddings=False)
     model.lm_head.weight.data.mul_(0.02)
-    return model
+    model.save_pretrained(path)
+    return CpuBackend(path, threads=1)
 
 
-def write(model: Any, *, seed: int = 0, **changes: Any) -> list[list[int]]:
-    budget = ConversationBudget(**(BUDGET | changes))
-    return write_conversations(model, encode, FRAME, RULE, budget, seed=seed, on_step=lambda num: None)
+def write(
+    backend: CpuBackend, *, seed: int = 0, frame: ChatFrame = FRAME, steps: Any = None, **changes: Any
+) -> list[list[int]]:
+    writer = RuntimeWriter(backend, (lambda count: None) if steps is None else steps.append)
+    return write_conversations(writer, encode, frame, RULE, ConversationBudget(**(BUDGET | changes)), seed=seed)
 
 
-def test_each_conversation_is_one_turn_and_one_answer_in_the_frame(model: Any) -> None:
-    found = write(model)
+def test_each_conversation_is_one_turn_and_one_answer_in_the_frame(backend: CpuBackend) -> None:
+    found = write(backend)
     assert len(found) == 8
     header, bridge = ord("U"), ord("A")
     for ids in found:
@@ -171,31 +177,30 @@ def test_each_conversation_is_one_turn_and_one_answer_in_the_frame(model: Any) -
         assert not ENDS & set(turn)
 
 
-def test_a_share_of_the_samples_keeps_the_system_prompt(model: Any) -> None:
+def test_a_share_of_the_samples_keeps_the_system_prompt(backend: CpuBackend) -> None:
     for share, kept in ((0.0, 0), (0.25, 2), (0.5, 4)):
-        assert sum(ids[:2] == encode("SS") for ids in write(model, system_share=share)) == kept
+        assert sum(ids[:2] == encode("SS") for ids in write(backend, system_share=share)) == kept
 
 
-def test_the_seed_decides_the_conversations(model: Any) -> None:
-    assert write(model, seed=1) == write(model, seed=1)
-    assert write(model, seed=1) != write(model, seed=2)
+def test_the_seed_decides_the_conversations(backend: CpuBackend) -> None:
+    assert write(backend, seed=1) == write(backend, seed=1)
+    assert write(backend, seed=1) != write(backend, seed=2)
 
 
-def test_progress_is_at_most_the_budget(model: Any) -> None:
-    steps: list[int] = []
-    write_conversations(model, encode, FRAME, RULE, ConversationBudget(**BUDGET), seed=0, on_step=steps.append)
-    assert set(steps) == {1}
-    assert 9 < len(steps) <= 49
+def test_progress_is_at_most_the_budget(backend: CpuBackend) -> None:
+    done: list[int] = []
+    write(backend, steps=done)
+    budget = ConversationBudget(**BUDGET)
+    assert budget.num_begun * 40 < sum(done) <= budget.most_tokens
 
 
-def test_turns_that_do_not_end_are_an_error_naming_the_budget(model: Any) -> None:
+def test_turns_that_do_not_end_are_an_error_naming_the_budget(backend: CpuBackend) -> None:
     with pytest.raises(ValueError, match=r"self-written user turns ended within calibrate\.chat\.prompt_tokens=1;"):
-        write(model, prompt_tokens=1)
+        write(backend, prompt_tokens=1)
 
 
-def test_a_template_without_a_user_header_is_an_error_with_its_remedy(model: Any) -> None:
-    frame = ChatFrame.from_template(renderer(JOINED), [])
+def test_a_template_without_a_user_header_is_an_error_with_its_remedy(backend: CpuBackend) -> None:
     with pytest.raises(
         ValueError, match=r"no user header.*calibrate\.chat\.num_samples=0 calibrate\.chat\.num_heldout=0"
     ):
-        write_conversations(model, encode, frame, RULE, ConversationBudget(**BUDGET), seed=0, on_step=lambda num: None)
+        write(backend, frame=ChatFrame.from_template(renderer(JOINED), []))

@@ -129,6 +129,16 @@ def test_sizes_that_the_sums_do_not_fit_are_refused(tmp_path, tiny):
         CpuBackend(path)
 
 
+def test_tokens_come_with_the_logits_that_they_are_chosen_from(directory):
+    backend, rows = CpuBackend(directory), chain([5, 6, 7])
+    params, wanted = SamplingParams(temperature=1.0, seed=3), [0, 2]
+    expected = backend.forward(rows, logit_rows=wanted).logits
+    logits = np.empty_like(expected)
+    found = backend.forward_tokens(rows, params, token_rows=wanted, logits=logits)
+    assert np.array_equal(logits, expected)
+    assert found.tokens == backend.forward_tokens(rows, params, token_rows=wanted).tokens
+
+
 def test_phases_are_timed_only_when_asked_for_and_change_nothing(directory):
     backend, rows, times = CpuBackend(directory), chain([5, 6, 7]), {}
     expected = backend.forward_tokens(rows, SamplingParams(temperature=1.0, seed=3)).tokens

@@ -72,6 +72,8 @@ HF = ("target=hf", "target.name=x", "target.path=model", "eagle=none", "intermed
 FITTING = (
     *HF,
     "calibrate.sequence_length=64",
+    "calibrate.chat.response_tokens=32",
+    "calibrate.free.num_tokens=32",
     "generate.max_tokens=32",
     "generate.self_written.max_tokens=32",
     "evaluate.max_tokens=32",

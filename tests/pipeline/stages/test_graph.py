@@ -363,7 +363,7 @@ def test_an_observer_by_calibrated_inputs_is_refused_for_rounding(graph: Graph, 
         ),
         ("calibrate", "calibrate.chat.num_samples=-1", r"calibrate\.chat\.num_samples=-1 must be 0 or more"),
         ("calibrate", "calibrate.free.top_p=1.5", r"calibrate\.free\.top_p=1\.5 must be above 0 and at most 1"),
-        ("calibrate", "calibrate.chat.temperature=0", r"calibrate\.chat\.temperature=0.* must be above 0"),
+        ("calibrate", "calibrate.chat.temperature=0", r"calibrate\.chat\.temperature=0.* must be 0\.001 … 100"),
         ("calibrate", "calibrate.text.heldout_share=1", r"calibrate\.text\.heldout_share=1.* below 1"),
         ("calibrate", "calibrate.sequence_length=8", r"calibrate\.sequence_length=8 is too short"),
         ("calibrate", "calibrate.text.source=file", r"calibrate\.text\.source=file needs calibrate\.text\.path"),
@@ -387,6 +387,12 @@ def test_an_observer_by_calibrated_inputs_is_refused_for_rounding(graph: Graph, 
         ("evaluate", "evaluate.repeats=0", r"evaluate\.repeats=0 must be 1 or more"),
         ("evaluate", "evaluate.temperature=0", r"evaluate\.temperature=0.* must be 0\.001 … 100"),
         ("calibrate", "calibrate.sequence_length=20000", r"calibrate\.sequence_length=20000 exceeds the .* of 8192"),
+        (
+            "calibrate",
+            "calibrate.chat.response_tokens=8192",
+            r"calibrate\.chat\.response_tokens=8192 behind a prompt of 48 or more exceeds the .* of 8192",
+        ),
+        ("calibrate", "calibrate.free.num_tokens=8192", r"calibrate\.free\.num_tokens=8192 behind .* of 8192"),
         ("generate", "generate.max_tokens=8130", r"generate\.max_tokens=8130 behind a prompt of 64 or more exceeds"),
         ("evaluate", "evaluate.max_tokens=8192", r"evaluate\.max_tokens=8192 behind a prompt of 1 or more exceeds"),
         ("export", "name=a/b", r"name=a/b is not a plain file name"),
@@ -545,7 +551,10 @@ def test_a_base_model_is_asked_for_nothing_that_it_cannot_write(
     (tmp_path / "model" / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}')
     monkeypatch.chdir(tmp_path)
-    small = ("calibrate.sequence_length=64", "generate.max_tokens=32", "generate.self_written.max_tokens=16")
+    small = (
+        *("calibrate.sequence_length=64", "calibrate.chat.response_tokens=32", "calibrate.free.num_tokens=32"),
+        *("generate.max_tokens=32", "generate.self_written.max_tokens=16"),
+    )
     made = graph("target=hf", "target.name=x", f"target.path={tmp_path / 'model'}", *small, *overrides)[stage]
     assert made.check is not None
     if message is None:
