@@ -100,8 +100,8 @@ def write_conversations(
 ) -> list[list[int]]:
     """Token ids of `budget.num_samples` conversations of one user turn and one answer each.
 
-    Raises ValueError when too few user turns end, which means that the chat template does not fit the model, and when
-    the template has nothing to begin a user turn with.
+    Raises ValueError when too few user turns end, which means that the chat template does not fit the model, when the
+    template has nothing to begin a user turn with, and when the target's context is too short.
     """
     if not frame.before:
         raise ValueError(
@@ -110,6 +110,7 @@ def write_conversations(
         )
     first, system = encode(frame.first) if frame.first else [], encode(frame.system) if frame.system else []
     header, bridge = encode(frame.before), encode(frame.after)
+    _check_fits(len(first + system + header + bridge), budget, writer.context_length)
     asked = writer.continue_texts(
         dict.fromkeys(range(budget.num_begun), first + system + header),
         rule,
@@ -132,6 +133,15 @@ def write_conversations(
     written = [contexts[i] + answers[i].tokens for i in (complete[place] for place in kept)][: budget.num_samples]
     bare_from = len(first) + len(system)
     return [ids if _is_every(budget.system_share, i) else first + ids[bare_from:] for i, ids in enumerate(written)]
+
+
+def _check_fits(num_framing: int, budget: ConversationBudget, context_length: int) -> None:
+    if num_framing + budget.prompt_tokens + budget.response_tokens > context_length:
+        raise ValueError(
+            f"calibrate.chat.response_tokens={budget.response_tokens} behind a user turn of"
+            f" calibrate.chat.prompt_tokens={budget.prompt_tokens} and the chat template's {num_framing} exceeds the"
+            f" target's context of {context_length}; lower one of them"
+        )
 
 
 def _is_every(share: float, index: int) -> bool:

@@ -35,6 +35,11 @@ class Continuation:
 class Writer(Protocol):
     """The target, as it is asked to write."""
 
+    @property
+    def context_length(self) -> int:
+        """Tokens that a prompt and its continuation may have together."""
+        ...
+
     def continue_texts(
         self,
         prompts: Mapping[int, Sequence[int]],
@@ -91,9 +96,11 @@ def write_free_texts(
 ) -> list[list[int]]:
     """Token ids of texts that begin with one random token each, which starts a word (LLM-QAT, section 3.1).
 
-    vocabulary: token text → id.
+    vocabulary: token text → id. Raises ValueError when none of them starts a word.
     """
     starts = sorted(i for token, i in vocabulary.items() if token.isascii() and token.isalpha() and token[0].isupper())
+    if not starts:
+        raise ValueError("no token of the target's is a word with a capital letter; set calibrate.free.num_samples=0")
     picks = np.random.default_rng(seed).choice(starts, size=budget.num_begun)
     prompts = [[int(start)] for start in picks]
     texts = writer.continue_texts(dict(enumerate(prompts)), rule, num_tokens=budget.num_tokens, seed=seed)

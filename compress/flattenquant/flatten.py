@@ -5,8 +5,8 @@ most T, and the weight's column is repeated for each of them. Copies sum to the 
 T / qmax serves the whole layer, and it is as small as the ordinary channels need.
 
 Deviations: T is raised where the layer would grow beyond a cap; columns are padded to a multiple of the kernels' width
-with further copies, which take what calibration never saw; and on request only a boxplot's outliers are split, ordinary
-channels being cut off at T (`outlier_counts`).
+with further copies, which take what calibration never saw; on request only a boxplot's outliers are split, ordinary
+channels being cut off at T (`outlier_counts`), or copies hold more than the largest value that was seen (`search`).
 """
 
 import torch

@@ -10,8 +10,9 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import PreTrainedModel
 
 from compress.flattenquant.bits import BitsRule
-from compress.flattenquant.choice import BITS, FlattenRule
+from compress.flattenquant.choice import BITS
 from compress.flattenquant.modifier import FlattenedGPTQ, FlattenLinear, FlattenQuantModifier
+from compress.flattenquant.splits import FlattenRule
 from compress.flattenquant.watcher import SiteWatcher
 from compress.grids import QuantizedLayers, WeightGrid
 from compress.oneshot import SingularPolicy, counted_fallbacks

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compress.flattenquant.choice import BITS, SiteOptions, Split
+from compress.flattenquant.choice import BITS, SiteOptions
 from compress.flattenquant.flatten import counts_of, flatten_index
+from compress.flattenquant.splits import Split
 from deploy.formats.safetensors_file import SafetensorsFile, write_safetensors
 
 

@@ -10,8 +10,10 @@ from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
-from compress.flattenquant.choice import FlattenRule, site_options
+from compress.flattenquant.choice import site_options
+from compress.flattenquant.search import Seen
 from compress.flattenquant.site_files import site_file, write_options
+from compress.flattenquant.splits import FlattenRule
 from compress.grids import WeightGrid
 from compress.recipes import report_layers, rounded
 from compress.sites import input_sites
@@ -49,12 +51,14 @@ class SiteWatcher(Modifier):
     def on_sequential_epoch_end(self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any) -> None:
         """Measures the sites that the samples have passed, so that their rows need not be kept."""
         for first, *others in self._sites:
-            seen = self._inputs.get(first)
-            if seen is None or seen.channel_max is None:
+            inputs = self._inputs.get(first)
+            if inputs is None or not inputs.samples:
                 continue
+            if not all(torch.isfinite(sample.channel_max).all() for sample in inputs.samples):
+                raise ValueError(f"{first}: its inputs are not finite; the model's weights are not usable")
             linears: list[Any] = [state.model.get_submodule(name) for name in (first, *others)]
             layers = [(linear.weight.data, None if linear.bias is None else linear.bias.data) for linear in linears]
-            options = site_options(seen.channel_max, torch.cat(seen.rows), layers, self.rule, self._round)
+            options = site_options(inputs.halves(), layers, self.rule, self._round)
             write_options(site_file(self.directory, first), options)
             report_layers(len(linears))
             del self._inputs[first]
@@ -83,20 +87,24 @@ def linear_sites(model: nn.Module) -> list[tuple[str, ...]]:
 
 
 class _Inputs:
-    """What is known of a site's inputs: the largest value of each channel, and some rows."""
+    """What each sample showed of a site's inputs: the largest value of each channel, and some rows."""
 
     def __init__(self) -> None:
-        self.channel_max: Tensor | None = None
-        self.rows: list[Tensor] = []
+        self.samples: list[Seen] = []
 
     def add(self, x: Tensor, num_rows: int) -> None:
-        """x: [tokens, C], of which `num_rows` are kept, evenly spread.
+        """x: a sample's inputs [tokens, C], of which `num_rows` are kept, evenly spread.
 
         The first token's, which is like no other, is not kept where there is another.
         """
-        found = x.abs().amax(0)
-        self.channel_max = found if self.channel_max is None else torch.maximum(self.channel_max, found)
         later = x[1:] if len(x) > 1 else x
         num_kept = min(num_rows, len(later))
         places = (2 * torch.arange(num_kept) + 1) * len(later) // (2 * num_kept)
-        self.rows.append(later[places].clone())
+        self.samples.append(Seen(x.abs().amax(0), later[places].clone()))
+
+    def halves(self) -> list[Seen]:
+        """Of samples drawn at random, for they come by kind; one where there is one sample."""
+        order = torch.randperm(len(self.samples), generator=torch.Generator().manual_seed(0)).tolist()
+        middle = (len(order) + 1) // 2
+        parts = [sorted(order[:middle]), sorted(order[middle:])]
+        return [Seen.together([self.samples[i] for i in part]) for part in parts if part]

@@ -111,6 +111,10 @@ class CpuBackend(CpuModel):
         self._check(rows, taps, token_rows, continues)
         wanted = range(len(rows)) if token_rows is None else token_rows
         params, indices = per_row(len(wanted), sampling, sample_index)
+        if logits is not None and (logits.dtype != np.float32 or logits.shape != (len(wanted), self._num_logits)):
+            raise ValueError(
+                f"logits is {logits.dtype} {logits.shape}; it must be float32 {(len(wanted), self._num_logits)}"
+            )
         how = native_samplings(params, indices)
         chosen = array("q", bytes(8 * max(1, len(wanted))))
         tapped = self._run(rows, taps, token_rows, continues, logits=logits, how=how, chosen=chosen)

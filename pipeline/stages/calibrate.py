@@ -28,7 +28,7 @@ def keyed(config: dict[str, Any]) -> dict[str, Any]:
 
 def packages(config: dict[str, Any]) -> tuple[str, ...]:
     """Distributions whose version enters the stage's key; Python's own texts are those of the interpreter."""
-    return ("tokenizers", "jinja2", "python", *text_sources.packages(config["text"]["source"]))
+    return ("tokenizers", "jinja2", "numpy", "python", *text_sources.packages(config["text"]["source"]))
 
 
 def check(config: dict[str, Any]) -> None:

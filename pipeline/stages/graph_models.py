@@ -16,7 +16,7 @@ TORCH = ("torch", "transformers")
 VERSIONS = {
     "target": 2,
     "calibrate": 2,
-    "sites": 1,
+    "sites": 2,
     "quantize": 1,
     "quality": 1,
     "generate": 1,

@@ -14,7 +14,7 @@ from pipeline.graph import BuildContext
 from pipeline.stages.calibrate import SAMPLES
 
 if TYPE_CHECKING:  # torch, which a reused stage does not need
-    from compress.flattenquant.choice import FlattenRule
+    from compress.flattenquant.splits import FlattenRule
 
 OBSERVERS = {"minmax": "memoryless_minmax", "mse": "memoryless_mse", "imatrix_mse": "imatrix_mse"}
 SITE_FILES = "sites"
@@ -89,7 +89,7 @@ def flattenquant(context: BuildContext, target: Path, source: Source) -> Quantiz
 
 def flatten_rule(config: dict[str, Any]) -> FlattenRule:
     """What of the method's configuration says how sites are split."""
-    from compress.flattenquant.choice import FlattenRule
+    from compress.flattenquant.splits import FlattenRule
 
     weights = config["weights"]
     return FlattenRule(

@@ -84,7 +84,8 @@ class Criterion(Enum):
 
 
 class Threshold(Enum):
-    """mean: beta times the mean for every layer (the paper's). search: for 4 bits, what loses least of a list below."""
+    """mean: beta times the mean for every layer (the paper's). search: what loses least, below it with 4 bits and above
+    it with 8."""
 
     mean = "mean"
     search = "search"
@@ -148,7 +149,7 @@ class SmoothQuantConfig:
 class FlattenQuantConfig:
     """`conf/quantize/flattenquant.yaml`. alpha: strength of a smoothing before; null leaves it out.
 
-    beta: threshold over the mean of ordinary channels' maxima. threshold: whether 4 bits keep to that. max_expansion:
+    beta: threshold over the mean of ordinary channels' maxima. threshold: whether splits keep to that. max_expansion:
     columns over channels, before padding. criterion: by which layers get 4 bits, those with the least of it first:
     until int4_share of the linear layers' multiplications are in 4 bits, or those below gamma; the other is null.
     solver: rtn rounds the flattened weights to the nearest, and nothing below is used. correct_inputs: before GPTQ,

@@ -44,6 +44,11 @@ class RuntimeWriter:
         self._backend, self._on_tokens = backend, on_tokens
         self._cached: dict[int, list[int]] = {}  # number of a text that will go on → what its sequence's cache holds
 
+    @property
+    def context_length(self) -> int:
+        """As of a Writer."""
+        return self._backend.shape.context_length
+
     def continue_texts(
         self,
         prompts: Mapping[int, Sequence[int]],
@@ -54,7 +59,7 @@ class RuntimeWriter:
         will_go_on: bool = False,
     ) -> dict[int, Continuation]:
         """As of a Writer. Raises ValueError where the model's logits are not finite, or its context is too short."""
-        self._check_length(max(map(len, prompts.values())), num_tokens)
+        self._check_length(max(map(len, prompts.values()), default=0), num_tokens)
         for number in self._cached.keys() - prompts.keys():
             del self._cached[number]
             self._backend.reset(number)
@@ -66,9 +71,9 @@ class RuntimeWriter:
             begun = [waiting.popleft() for _ in range(min(NUM_SEQUENCES - len(writing), len(waiting)))]
             self._read(begun)
             writing += begun
-            self._write(writing, sampling)
+            self._write(writing, sampling, rule.end_ids)
             num_done = len(writing)
-            for text in [text for text in writing if _is_ended(text, rule.end_ids, num_tokens)]:
+            for text in [text for text in writing if text.found.is_finished or len(text.found.tokens) == num_tokens]:
                 writing.remove(text)
                 num_done += num_tokens - len(text.found.tokens)
                 if will_go_on:
@@ -79,11 +84,9 @@ class RuntimeWriter:
         return results
 
     def _check_length(self, longest: int, num_tokens: int) -> None:
-        context_length = self._backend.shape.context_length
-        if longest + num_tokens > context_length:
+        if longest + num_tokens > self.context_length:
             raise ValueError(
-                f"{num_tokens} tokens behind a prompt of {longest} exceed the target's context of {context_length};"
-                " lower calibrate's budgets of tokens"
+                f"{num_tokens} tokens behind a prompt of {longest} exceed the target's context of {self.context_length}"
             )
 
     def _read(self, texts: Sequence[_Text]) -> None:
@@ -109,7 +112,7 @@ class RuntimeWriter:
         for number, path in kept.items():
             self._backend.keep(number, path)
 
-    def _write(self, texts: Sequence[_Text], sampling: SamplingParams) -> None:
+    def _write(self, texts: Sequence[_Text], sampling: SamplingParams, end_ids: frozenset[int]) -> None:
         """One more token for each text."""
         rows = [Row(text.path[-1], len(text.path) - 1, text.number) for text in texts]
         logits = np.empty((len(rows), self._backend.shape.vocab_size), dtype=np.float32)
@@ -121,12 +124,8 @@ class RuntimeWriter:
             self._backend.keep(text.number, [place])
             text.path.append(token)
             text.found.tokens.append(token)
+            text.found.is_finished = token in end_ids
             text.found.log_probs.append(_log_prob(logits[place], token))
-
-
-def _is_ended(text: _Text, end_ids: frozenset[int], num_tokens: int) -> bool:
-    text.found.is_finished = text.path[-1] in end_ids
-    return text.found.is_finished or len(text.found.tokens) == num_tokens
 
 
 def _log_prob(logits: npt.NDArray[np.float32], token: int) -> float:

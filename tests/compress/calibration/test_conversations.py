@@ -199,6 +199,15 @@ def test_turns_that_do_not_end_are_an_error_naming_the_budget(backend: CpuBacken
         write(backend, prompt_tokens=1)
 
 
+def test_more_than_the_context_holds_is_refused_before_anything_is_written(backend: CpuBackend) -> None:
+    done: list[int] = []
+    with pytest.raises(
+        ValueError, match=r"^calibrate\.chat\.response_tokens=117 .*=40 and the .* 4 exceeds .* of 160;"
+    ):
+        write(backend, steps=done, response_tokens=117)
+    assert not done
+
+
 def test_a_template_without_a_user_header_is_an_error_with_its_remedy(backend: CpuBackend) -> None:
     with pytest.raises(
         ValueError, match=r"no user header.*calibrate\.chat\.num_samples=0 calibrate\.chat\.num_heldout=0"

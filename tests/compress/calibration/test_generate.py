@@ -54,3 +54,10 @@ def test_free_texts_begin_with_a_word_and_are_as_many_as_asked_for(
     assert texts[0] == texts[1] != texts[2]
     assert len({text[0] for text in texts[0]}) > 2
     assert sum(written) == 3 * budget.most_tokens == 3 * 9 * 9  # a fifth more than seven are begun
+
+
+def test_a_vocabulary_without_words_is_refused() -> None:
+    rule, budget = SamplingRule(1.0, 0.9, frozenset()), FreeTextBudget(num_samples=7, num_tokens=9, drop_share=0.2)
+    nobody: Any = None
+    with pytest.raises(ValueError, match=r"set calibrate\.free\.num_samples=0$"):
+        write_free_texts(nobody, {"Ġx": 5, "lower": 7, "X1": 8}, rule, budget, seed=0)

@@ -16,8 +16,8 @@ import torch
 from compress.errors import SettingError
 from compress.flattenquant import watcher as watcher_module
 from compress.flattenquant.bits import BitsRule, Criterion
-from compress.flattenquant.choice import FlattenRule
 from compress.flattenquant.method import SolverRule, flattenquant, measure_sites
+from compress.flattenquant.splits import FlattenRule
 from compress.flattenquant.watcher import SiteWatcher
 from compress.grids import QuantizedLayers
 from compress.layer_errors import measure_layers, smooth_as

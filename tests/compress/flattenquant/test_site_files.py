@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
-from compress.flattenquant.choice import SiteOptions, Split
+from compress.flattenquant.choice import SiteOptions
 from compress.flattenquant.flatten import flatten_index
 from compress.flattenquant.site_files import read_options, site_file, write_options
+from compress.flattenquant.splits import Split
 
 
 def test_what_is_read_is_what_was_written_in_every_bit(tmp_path: Path) -> None:

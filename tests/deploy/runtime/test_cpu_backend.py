@@ -131,12 +131,15 @@ def test_sizes_that_the_sums_do_not_fit_are_refused(tmp_path, tiny):
 
 def test_tokens_come_with_the_logits_that_they_are_chosen_from(directory):
     backend, rows = CpuBackend(directory), chain([5, 6, 7])
-    params, wanted = SamplingParams(temperature=1.0, seed=3), [0, 2]
+    params, wanted = SamplingParams(temperature=0.7, top_p=0.9, repetition_penalty=1.2, seed=3), [0, 2]
     expected = backend.forward(rows, logit_rows=wanted).logits
     logits = np.empty_like(expected)
     found = backend.forward_tokens(rows, params, token_rows=wanted, logits=logits)
     assert np.array_equal(logits, expected)
     assert found.tokens == backend.forward_tokens(rows, params, token_rows=wanted).tokens
+    for wrong in (logits.astype(np.float64), logits[:1], logits[:, :-1].copy()):
+        with pytest.raises(ValueError, match=r"^logits is float.* it must be float32 \(2, 263\)"):
+            backend.forward_tokens(rows, params, token_rows=wanted, logits=wrong)
 
 
 def test_phases_are_timed_only_when_asked_for_and_change_nothing(directory):
