@@ -15,7 +15,7 @@ from pipeline.stages.quantize_check import CALIBRATED
 TORCH = ("torch", "transformers")
 VERSIONS = {
     "target": 2,
-    "calibrate": 2,
+    "calibrate": 3,
     "sites": 2,
     "quantize": 1,
     "quality": 1,

@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 import pytest
 
-from compress.calibration.conversations import ChatFrame, ConversationBudget, write_conversations
+from compress.calibration.conversations import ChatFrame, ConversationBudget, num_begun, write_conversations
 from compress.calibration.generate import SamplingRule
 from deploy.runtime.cpu_backend import CpuBackend
 from pipeline.stages.text_writer import RuntimeWriter
@@ -191,7 +191,17 @@ def test_progress_is_at_most_the_budget(backend: CpuBackend) -> None:
     done: list[int] = []
     write(backend, steps=done)
     budget = ConversationBudget(**BUDGET)
-    assert budget.num_begun * 40 < sum(done) <= budget.most_tokens
+    assert num_begun(budget.num_wanted) * 40 < sum(done) <= budget.most_tokens
+
+
+def test_turns_are_begun_until_enough_have_ended(backend: CpuBackend) -> None:
+    """Within 9 tokens half of them end; what a first round gave stays."""
+    done: list[int] = []
+    found = write(backend, steps=done, prompt_tokens=9, response_tokens=1)
+    assert len(found) == 8
+    assert sum(done) > ConversationBudget(**(BUDGET | {"prompt_tokens": 9, "response_tokens": 1})).most_tokens
+    wide, narrow = (write(backend, prompt_tokens=40, num_samples=n, drop_share=0.0, system_share=0.0) for n in (8, 4))
+    assert wide[:4] == narrow
 
 
 def test_turns_that_do_not_end_are_an_error_naming_the_budget(backend: CpuBackend) -> None:
