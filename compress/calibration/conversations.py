@@ -81,8 +81,8 @@ class ConversationBudget:
 
 
 UNFINISHED_ALLOWANCE, UNFINISHED_EXTRA = 1.3, 6
-"""User turns that do not end within `prompt_tokens` are dropped: with 48 a fourth to a third of SmolLM2's, with 128 half
-of Qwen2.5-Coder's (measured). So more are begun than wanted, and more again until there are enough."""
+"""User turns that do not end within `prompt_tokens` are dropped: with 48 a fourth to a third of SmolLM2's, with 128
+half of Qwen2.5-Coder's (measured). So more are begun than wanted, and more again until there are enough."""
 MOST_BEGUN = 5
 """So many times as many turns as wanted are begun at most."""
 
